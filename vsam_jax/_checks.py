@@ -1,0 +1,211 @@
+"""Errors for bad arguments: what was given, under which name, what is allowed.
+
+All of this runs in Python, when a function is called or traced; nothing of it
+is part of a compiled step.
+"""
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import core
+
+PyTree = Any
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, core.Tracer)
+
+
+def _reject_array(name: str, value: Any) -> None:
+    """Static arguments decide shapes and programs, so an array is refused."""
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f'{name} must be a Python number that is known before tracing, got'
+            f' {value!r}. Under optax.inject_hyperparams name it in static_args'
+            ' (vsam_jax.STATIC_ARGS lists all of them).'
+        )
+
+
+def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
+    """Returns ``value`` as an int in [low, high], or raises."""
+    _reject_array(name, value)
+    allowed = f'an integer >= {low}'
+    if high is not None:
+        allowed = f'an integer in [{low}, {high}]'
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f'{name} must be {allowed}, got {value!r}.')
+    try:
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(f'{name} must be {allowed}, got {value!r}.') from None
+    if result < low or (high is not None and result > high):
+        raise ValueError(f'{name} must be {allowed}, got {value!r}.')
+    return result
+
+
+def real(
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = float(np.finfo(np.float32).max),
+    open_low: bool = False,
+) -> float:
+    """Returns ``value`` as a float in [low, high], or raises."""
+    _reject_array(name, value)
+    if high == float(np.finfo(np.float32).max):
+        allowed = f'a finite number {">" if open_low else ">="} {low:g}'
+    else:
+        allowed = f'a number in {"(" if open_low else "["}{low:g}, {high:g}]'
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f'{name} must be {allowed}, got {value!r}.')
+    result = float(value)
+    inside = low < result if open_low else low <= result
+    if not (math.isfinite(result) and inside and result <= high):
+        raise ValueError(f'{name} must be {allowed}, got {value!r}.')
+    return result
+
+
+def radius(name: str, value: Any) -> Any:
+    """Checks ρ: a number, a scalar array (traced too) or an optax schedule."""
+    if callable(value):
+        return value
+    allowed = 'a finite number >= 0 or a schedule (a callable of the step)'
+    if isinstance(value, jax.Array):
+        if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(
+                f'{name} must be {allowed}, got an array of shape {value.shape} and'
+                f' dtype {value.dtype}.'
+            )
+        if _is_traced(value):
+            return value
+    elif isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f'{name} must be {allowed}, got {value!r}.')
+    if not (math.isfinite(float(value)) and float(value) >= 0):
+        raise ValueError(f'{name} must be {allowed}, got {value!r}.')
+    return value
+
+
+def floating_dtype(name: str, value: Any) -> Any:
+    """Returns ``value`` as a floating-point dtype (None stays None)."""
+    if value is None:
+        return None
+    allowed = 'None or a floating-point dtype such as jnp.bfloat16'
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f'{name} must be {allowed}, got {value!r}.') from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f'{name} must be {allowed}, got {value!r}.')
+    return dtype
+
+
+def mask(name: str, value: Any) -> Any:
+    """Checks a mask before there are parameters to hold it against."""
+    if value is None or callable(value):
+        return value
+    _check_mask_leaves(name, value)
+    return value
+
+
+def _check_mask_leaves(name: str, tree: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not isinstance(leaf, (bool, np.bool_)):
+            raise TypeError(
+                f'{name} must be None, a pytree of booleans shaped like the'
+                ' parameters (or a prefix of that), or a callable that makes one from'
+                f' the parameters; at {_where(path)} it holds {leaf!r}.'
+            )
+
+
+def resolve_mask(name: str, value: Any, params: PyTree) -> PyTree | None:
+    """Returns the mask as a tree of booleans shaped like ``params``, or None."""
+    if value is None or not jax.tree.leaves(params):
+        return None
+    tree = value(params) if callable(value) else value
+    _check_mask_leaves(name, tree)
+    try:
+        full = jax.tree.map(
+            lambda flag, part: jax.tree.map(lambda _: bool(flag), part),
+            tree,
+            params,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f'{name} must have the structure of the parameters or a prefix of it;'
+            f' got {jax.tree.structure(tree)} for parameters'
+            f' {jax.tree.structure(params)}.'
+        ) from error
+    if not any(jax.tree.leaves(full)):
+        raise ValueError(
+            f'{name} must pick at least one tensor, but it is False for all'
+            f' {len(jax.tree.leaves(full))} of them.'
+        )
+    return full
+
+
+def floating_leaves(name: str, tree: PyTree) -> None:
+    """Raises where a leaf is no real floating-point array."""
+    masked = [
+        path
+        for path, node in jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode)
+        )
+        if isinstance(node, optax.MaskedNode)
+    ]
+    if masked:
+        raise ValueError(
+            f'{name} holds optax.MaskedNode at {_where(masked[0])}: a'
+            ' sharpness-aware transformation stands outside optax.masked and'
+            ' optax.partition, because grad_fn needs the whole tree. Write'
+            ' optax.chain(vsam(perturb_mask=...), optax.masked(...)) instead.'
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, 'dtype') or not hasattr(leaf, 'shape'):
+            raise TypeError(
+                f'{name} must hold arrays; at {_where(path)} it holds {leaf!r}.'
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f'{name} must hold real floating-point arrays; at {_where(path)} the'
+                f' dtype is {leaf.dtype}. (For complex parameters wrap the whole'
+                ' optimizer in optax.contrib.split_real_and_imaginary and take'
+                ' grad_fn with respect to the split tree.)'
+            )
+
+
+def same_tree(
+    name: str, tree: PyTree, like_name: str, like: PyTree, *, dtypes: bool
+) -> None:
+    """Raises unless both trees agree in structure, shapes and (asked) dtypes."""
+    got, want = jax.tree.structure(tree), jax.tree.structure(like)
+    if got != want:
+        raise ValueError(
+            f'{name} must have the tree structure of {like_name}, {want}, got {got}.'
+        )
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(tree),
+        jax.tree.leaves(like),
+        strict=True,
+    )
+    for (path, x), y in pairs:
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(
+                f'{name} must have the shapes of {like_name}: at {_where(path)} it'
+                f' must be {jnp.shape(y)}, got {jnp.shape(x)}.'
+            )
+        if dtypes and jnp.result_type(x) != jnp.result_type(y):
+            raise TypeError(
+                f'{name} must have the dtypes of {like_name}: at {_where(path)} it'
+                f' must be {jnp.result_type(y)}, got {jnp.result_type(x)}.'
+            )
+
+
+def _where(path: Any) -> str:
+    return jax.tree_util.keystr(path) or 'its root'

@@ -1,0 +1,409 @@
+r"""The methods with a name: each one choice of where, when and how.
+
+========== ===================== ================= =========================
+method     where (perturbation)  when (sampling)   how (reuse)
+========== ===================== ================= =========================
+``vsam``   ball of radius ρ      by variation      decayed difference
+``sam``    ball of radius ρ      every step        not at all
+``asam``   scaled by |w|         every step        not at all
+``looksam`` ball of radius ρ     every k steps     rescaled orthogonal part
+``random_sam`` ball of radius ρ  at random         decayed difference, or none
+========== ===================== ================= =========================
+"""
+
+from typing import Any
+
+import optax
+
+from vsam_jax import (
+    _checks,
+    _numerics,
+    perturbation,
+    reuse,
+    sampling,
+    transform,
+)
+from vsam_jax.transform import Mask
+
+# Arguments that decide shapes and programs: name them in the static_args of
+# optax.inject_hyperparams, which would make traced arrays of them.
+STATIC_ARGS: tuple[str, ...] = (
+    'window',
+    'segments',
+    'warmup_steps',
+    'norm_gain',
+    'variance_gain',
+    'decay',
+    'reuse_steps',
+    'max_rate',
+    'stats_mask',
+    'perturb_mask',
+    'psf_dtype',
+    'seed',
+    'eta',
+    'every',
+    'gain',
+    'rate',
+    'reuse_psf',
+)
+
+_MAX_SEED = 2**32 - 1
+
+
+def vsam(
+    rho: Any = 0.05,
+    *,
+    window: int = 50,
+    segments: int = 5,
+    warmup_steps: int | None = None,
+    norm_gain: float = 0.13,
+    variance_gain: float = 0.13,
+    decay: float = 0.7,
+    reuse_steps: int = 6,
+    max_rate: float = 0.8,
+    stats_mask: Mask | None = None,
+    perturb_mask: Mask | None = None,
+    psf_dtype: _numerics.DTypeLike = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Variation-based SAM: SAM's direction at nearly the price of SGD's.
+
+    Stands first in a chain and turns the gradient g = ∇L(w) into a
+    sharpness-aware direction. On a *sampled* step it takes a second gradient,
+
+    .. math::
+      ε = ρ \, g / (‖g‖_2 + 10^{-12}), \quad s = ∇L(w + ε) - g, \quad
+      \text{direction} = g + s,
+
+    on the others it reuses s, the PSF (projection of the second-order gradient
+    onto the first-order one), a steps old by then:
+
+    .. math::
+      \text{direction} = g + c(a) \, s, \quad c(a) = β^a \; (a ≤ R), \;
+      0 \; (a > R).
+
+    The first W steps are all sampled. After that ⌊b⌋ of every K steps are; b
+    starts at 1 and is scaled at the start of each window,
+
+    .. math::
+      b \leftarrow \mathrm{clip}\big(b \, (1 + α_1 \mathrm{rel}(Q)
+      + α_2 \mathrm{rel}(V)), 1, ⌊K p_{max}⌋\big),
+
+    by the mean relative changes (:func:`vsam_jax.statistics.relative_change`)
+    of the last K ratios ‖s‖/‖g‖ (Q) and of the variance of the last K norms ‖s‖
+    inside S segments of similar ones (V). Which steps of a window are sampled is
+    decided before it starts (:func:`vsam_jax.sampling.window_plan`).
+
+    ``update`` takes two more arguments by keyword. ``grad_fn(params) -> grads`` is
+    the gradient of the same mini-batch, with the same dropout key, called at most
+    once. ``sample`` decides this step: None follows the plan in the state inside
+    one program (*traced*, a ``jax.lax.cond``); a Python bool compiles a step
+    without a conditional (*planned*, see :class:`vsam_jax.PlannedStep`, and much
+    faster for convolutions on the CPU); a boolean array overrides the plan in a
+    traced step.
+
+    Args:
+      rho: ρ, the radius of the perturbation: a number >= 0 (0 gives the base
+        optimizer), a scalar array, or an optax schedule of the update count.
+      window: K >= 2, how many steps one plan covers and how many samples the
+        statistics look back on.
+      segments: S, divides K into groups of at least two.
+      warmup_steps: W, how many first steps are all sampled. None gives 2K − 1, the
+        least with which all statistics are complete when the first window starts.
+      norm_gain: α₁ >= 0, the gain on the change of ‖s‖/‖g‖.
+      variance_gain: α₂ >= 0, the gain on the change of the variance of ‖s‖.
+      decay: β in [0, 1], the decay of a reused PSF per step of age.
+      reuse_steps: R >= 0, the oldest age at which a PSF is reused.
+      max_rate: p_max in (0, 1], the largest share of a window to be sampled.
+      stats_mask: which tensors the norms of the statistics are taken over: a tree
+        of booleans like the parameters (or a prefix), or a callable that makes
+        one of them. None takes all.
+      perturb_mask: which tensors are perturbed, in the same convention. Tensors
+        at False (a frozen backbone) keep ε = 0.
+      psf_dtype: dtype in which s is stored; ``jnp.bfloat16`` halves its memory and
+        rounds s to 8 bits, in the direction of sampled steps too. None stores it
+        in the parameters' dtypes.
+      seed: an integer in [0, 2³²), chooses which steps of a window are sampled.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` with state
+      :class:`vsam_jax.VSAMState`.
+
+      Parameters are real floating-point arrays of any dtype. ε, norms,
+      statistics and directions are computed in float32 or wider; w + ε is
+      rounded to the parameters' dtypes, and for bfloat16 or float16 parameters
+      much of ε is lost in that (:func:`vsam_jax.perturbation.perturb`). The
+      direction has the dtypes of the gradient.
+
+      A second gradient that is not finite, or one whose norm overflows the
+      statistics dtype, makes the direction of that step what it is, so that a
+      guard after vsam can act on it, and leaves no trace: the older PSF is kept
+      and ages, the statistics stay, ``num_rejected`` counts it.
+
+      Under ``jax.vmap`` a conditional becomes a select: both gradients are taken
+      on every step.
+
+    Raises:
+      TypeError, ValueError: for arguments out of the ranges above; from
+        ``update`` for missing ``params`` or ``grad_fn``, for a ``grad_fn`` that
+        returns another tree, shape or dtype than the gradient's, and for trees
+        that do not match.
+
+    .. warning::
+      Clip *after* vsam. Clipped before, g is no longer the gradient that the
+      second one is compared with, and s = g_SAM − clip(g) no PSF.
+
+    References:
+      Deng et al., `Effective Gradient Sample Size via Variation Estimation for
+      Accelerating Sharpness aware Minimization
+      <https://arxiv.org/abs/2403.08821>`_, 2024
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, vsam_jax
+      >>> tx = optax.chain(
+      ...     vsam_jax.vsam(rho=0.05),
+      ...     optax.add_decayed_weights(5e-4),
+      ...     optax.sgd(0.1, momentum=0.9))
+      >>> def loss(w, x):
+      ...   return jnp.mean((x @ w - 1.0) ** 2)
+      >>> @jax.jit
+      ... def train_step(w, opt_state, x):
+      ...   grads = jax.grad(loss)(w, x)
+      ...   updates, opt_state = tx.update(
+      ...       grads, opt_state, w, grad_fn=lambda w: jax.grad(loss)(w, x))
+      ...   return optax.apply_updates(w, updates), opt_state
+      >>> x = jax.random.normal(jax.random.key(0), (16, 4))
+      >>> w = jnp.zeros(4)
+      >>> opt_state = tx.init(w)
+      >>> for _ in range(3):
+      ...   w, opt_state = train_step(w, opt_state, x)
+      >>> print(int(opt_state[0].num_samples))
+      3
+    """
+    window = _checks.integer('window', window, low=2)
+    segments = _checks.integer('segments', segments, low=1)
+    if window % segments or window // segments < 2:
+        raise ValueError(
+            'segments must divide window into groups of at least two (a variance'
+            f' needs two values), got segments={segments} for window={window}.'
+        )
+    if warmup_steps is None:
+        warmup_steps = 2 * window - 1
+    max_rate = _checks.real('max_rate', max_rate, high=1.0, open_low=True)
+    rule = sampling.ByVariation(
+        window=window,
+        segments=segments,
+        warmup_steps=_checks.integer('warmup_steps', warmup_steps, low=0),
+        norm_gain=_checks.real('norm_gain', norm_gain),
+        variance_gain=_checks.real('variance_gain', variance_gain),
+        max_rate=max_rate,
+        seed=_checks.integer('seed', seed, low=0, high=_MAX_SEED),
+    )
+    if rule.max_budget < 1:
+        raise ValueError(
+            'max_rate must allow at least one sample a window (max_rate * window >='
+            f' 1), got max_rate={max_rate} for window={window}.'
+        )
+    return transform.sharpness_aware(
+        perturbation.l2_ascent,
+        rule,
+        _decayed_difference(decay, reuse_steps),
+        rho,
+        stats_mask=stats_mask,
+        perturb_mask=perturb_mask,
+        psf_dtype=psf_dtype,
+    )
+
+
+def _decayed_difference(decay: float, reuse_steps: int) -> reuse.DecayedDifference:
+    return reuse.DecayedDifference(
+        decay=_checks.real('decay', decay, high=1.0),
+        reuse_steps=_checks.integer('reuse_steps', reuse_steps, low=0, high=2**31 - 2),
+    )
+
+
+def sam(
+    rho: Any = 0.05, *, perturb_mask: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Sharpness-aware minimization: the second gradient on every step.
+
+    .. math:: \text{direction} = ∇L(w + ε), \quad ε = ρ \, g / (‖g‖_2 + 10^{-12})
+
+    Used like :func:`vsam`; there is never a conditional, and nothing is stored but
+    counters and the latest norms.
+
+    Args:
+      rho: ρ, as in :func:`vsam`.
+      perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` with state
+      :class:`vsam_jax.VSAMState`.
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, vsam_jax
+      >>> tx = optax.chain(vsam_jax.sam(rho=0.1), optax.sgd(1.0))
+      >>> w, loss = jnp.array(1.0), lambda w: w**2 / 2
+      >>> updates, _ = tx.update(
+      ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+      >>> print(f'{updates:.2f}')
+      -1.10
+    """
+    return transform.sharpness_aware(
+        perturbation.l2_ascent,
+        sampling.Periodic(1),
+        reuse.NoReuse(),
+        rho,
+        perturb_mask=perturb_mask,
+    )
+
+
+def asam(
+    rho: Any = 0.5, *, eta: float = 0.0, perturb_mask: Mask | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adaptive SAM: each weight is perturbed in proportion to its size.
+
+    .. math::
+      \text{direction} = ∇L(w + ε), \quad ε = ρ \, T^2 g / (‖T g‖_2 + 10^{-12}),
+      \quad T = |w| + η
+
+    Args:
+      rho: ρ, as in :func:`vsam`; about ten times that of SAM.
+      eta: η >= 0, see :func:`vsam_jax.perturbation.elementwise_ascent`. The
+        authors' own form (η = 0.01 for weights, T = 1 for biases) also moves
+        tensors that are all zero; the default is the form of most libraries.
+      perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` with state
+      :class:`vsam_jax.VSAMState`.
+
+    References:
+      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for
+      Scale-Invariant Learning of Deep Neural Networks
+      <https://arxiv.org/abs/2102.11600>`_, 2021
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, vsam_jax
+      >>> tx = optax.chain(vsam_jax.asam(rho=0.1), optax.sgd(1.0))
+      >>> w, loss = jnp.array(2.0), lambda w: w**2 / 2
+      >>> updates, _ = tx.update(
+      ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+      >>> print(f'{updates:.2f}')
+      -2.20
+    """
+    return transform.sharpness_aware(
+        perturbation.elementwise_ascent(_checks.real('eta', eta)),
+        sampling.Periodic(1),
+        reuse.NoReuse(),
+        rho,
+        perturb_mask=perturb_mask,
+    )
+
+
+def looksam(
+    rho: Any = 0.05,
+    *,
+    every: int = 5,
+    gain: float = 0.7,
+    perturb_mask: Mask | None = None,
+    psf_dtype: _numerics.DTypeLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""LookSAM: the second gradient every k steps, its orthogonal part between.
+
+    On steps 0, k, 2k, … the direction is g_SAM = ∇L(w + ε), and g_v is its part
+    orthogonal to g. On the others it is g + α (‖g‖ / ‖g_v‖) g_v.
+
+    Args:
+      rho: ρ, as in :func:`vsam`.
+      every: k >= 1; 1 is SAM.
+      gain: α >= 0.
+      perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+      psf_dtype: dtype in which g_v / ‖g_v‖ is stored, as in :func:`vsam`.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` with state
+      :class:`vsam_jax.VSAMState`, whose ``psf`` holds g_v / ‖g_v‖.
+
+    References:
+      Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
+      <https://arxiv.org/abs/2203.02714>`_, 2022
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, vsam_jax
+      >>> tx = optax.chain(vsam_jax.looksam(rho=0.1, every=2), optax.sgd(0.1))
+      >>> w, loss = jnp.ones(2), lambda w: jnp.sum(w**4)
+      >>> opt_state = tx.init(w)
+      >>> for _ in range(6):
+      ...   updates, opt_state = tx.update(
+      ...       jax.grad(loss)(w), opt_state, w, grad_fn=jax.grad(loss))
+      ...   w = optax.apply_updates(w, updates)
+      >>> print(int(opt_state[0].num_samples))
+      3
+    """
+    return transform.sharpness_aware(
+        perturbation.l2_ascent,
+        sampling.Periodic(_checks.integer('every', every, low=1, high=2**20)),
+        reuse.RescaledOrthogonal(_checks.real('gain', gain)),
+        rho,
+        perturb_mask=perturb_mask,
+        psf_dtype=psf_dtype,
+    )
+
+
+def random_sam(
+    rho: Any = 0.05,
+    *,
+    rate: float = 0.5,
+    reuse_psf: bool = True,
+    window: int = 50,
+    decay: float = 0.7,
+    reuse_steps: int = 6,
+    perturb_mask: Mask | None = None,
+    psf_dtype: _numerics.DTypeLike = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SAM on a random share of the steps, with or without reuse of the PSF.
+
+    vSAM without its controller: what its choice of the rate is measured against.
+
+    Args:
+      rho: ρ, as in :func:`vsam`.
+      rate: the probability with which a step is sampled, in (0, 1].
+      reuse_psf: whether steps between samples reuse the PSF as :func:`vsam` does;
+        False takes the plain gradient and stores nothing.
+      window: K, for how many steps decisions are drawn at once.
+      decay: β, as in :func:`vsam`.
+      reuse_steps: R, as in :func:`vsam`.
+      perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+      psf_dtype: dtype in which the PSF is stored, as in :func:`vsam`.
+      seed: chooses which steps are sampled.
+
+    Returns:
+      An :class:`optax.GradientTransformationExtraArgs` with state
+      :class:`vsam_jax.VSAMState`.
+
+    Example:
+      >>> import jax.numpy as jnp, vsam_jax
+      >>> state = vsam_jax.random_sam(rate=0.3, window=1000).init(jnp.ones(2))
+      >>> print(int(state.plan.sum()))
+      325
+    """
+    if not isinstance(reuse_psf, bool):
+        raise TypeError(f'reuse_psf must be True or False, got {reuse_psf!r}.')
+    return transform.sharpness_aware(
+        perturbation.l2_ascent,
+        sampling.AtRandom(
+            rate=_checks.real('rate', rate, high=1.0, open_low=True),
+            window=_checks.integer('window', window, low=1),
+            seed=_checks.integer('seed', seed, low=0, high=_MAX_SEED),
+        ),
+        _decayed_difference(decay, reuse_steps) if reuse_psf else reuse.NoReuse(),
+        rho,
+        perturb_mask=perturb_mask,
+        psf_dtype=psf_dtype,
+    )

@@ -1,0 +1,126 @@
+r"""Where the second gradient is taken: w + ε.
+
+A perturbation maps a gradient g, the parameters w and a radius ρ to ε. Methods
+of the SAM family differ in it by the geometry in which ε has the length ρ.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vsam_jax import _numerics
+
+PyTree = Any
+Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree]
+
+# Keeps ε finite at ‖g‖ = 0; the reference implementation's value.
+_NORM_FLOOR = 1e-12
+
+
+def l2_ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
+    r"""SAM's perturbation, the steepest ascent in a ball of radius ρ.
+
+    .. math:: ε = ρ \, g / (‖g‖_2 + 10^{-12})
+
+    Args:
+      grads: g, a tree of arrays.
+      params: w, unused: the ball is the same everywhere.
+      rho: ρ, a scalar.
+
+    Returns:
+      ε, a tree like ``grads`` in float32 or wider; zero where ‖g‖ = 0.
+
+    References:
+      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from vsam_jax import perturbation
+      >>> g = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
+      >>> e = perturbation.l2_ascent(g, g, 0.5)
+      >>> print(f"{e['a'][0]:.1f} {e['b'][0]:.1f}")
+      0.3 0.4
+    """
+    del params
+    scale = rho / (_numerics.wide_norm(grads) + _NORM_FLOOR)
+    return jax.tree.map(lambda g: scale * _numerics.widen(g), grads)
+
+
+def elementwise_ascent(eta: float = 0.0) -> Perturbation:
+    r"""ASAM's perturbation: the ball is scaled with the size of each weight.
+
+    .. math:: ε = ρ \, T^2 g / (‖T g‖_2 + 10^{-12}), \quad T = |w| + η
+
+    Args:
+      eta: η >= 0. At 0 (most libraries' form) an element that is zero stays where
+        it is; the authors of ASAM add 0.01 to weights.
+
+    Returns:
+      A perturbation.
+
+    References:
+      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for
+      Scale-Invariant Learning of Deep Neural Networks
+      <https://arxiv.org/abs/2102.11600>`_, 2021
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from vsam_jax import perturbation
+      >>> w, g = jnp.array([2.0, 0.0]), jnp.array([3.0, 1.0])
+      >>> print(perturbation.elementwise_ascent()(g, w, 0.5))
+      [1. 0.]
+    """
+
+    def ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
+        scales = jax.tree.map(lambda w: jnp.abs(_numerics.widen(w)) + eta, params)
+        scaled = jax.tree.map(lambda t, g: t * _numerics.widen(g), scales, grads)
+        ascent_of_scaled = l2_ascent(scaled, scaled, rho)
+        return jax.tree.map(lambda t, e: t * e, scales, ascent_of_scaled)
+
+    return ascent
+
+
+def perturb(
+    perturbation: Perturbation,
+    grads: PyTree,
+    params: PyTree,
+    rho: jax.Array,
+    mask: PyTree | None = None,
+) -> PyTree:
+    """The perturbed parameters w + ε, in the dtypes of ``params``.
+
+    The sum is formed in float32 or wider and rounded once to the dtype of each
+    parameter: the model sees the closest point that it can hold. For bfloat16
+    and float16 parameters that point may be w itself. (An element of size 1 in
+    bfloat16 moves only if its ε exceeds 2⁻⁹ downwards or 2⁻⁸ upwards.) Where
+    that matters keep the parameters in float32 and compute in bfloat16.
+
+    Args:
+      perturbation: maps (g, w, ρ) to ε, for instance :func:`l2_ascent`.
+      grads: g, a tree of arrays like ``params``.
+      params: w.
+      rho: ρ, a scalar.
+      mask: a tree of booleans like ``params``. Tensors at False stay as they are
+        and do not count in the norm. None perturbs all.
+
+    Returns:
+      A tree like ``params``.
+    """
+    selected = lambda tree: select(tree, mask)
+    epsilon = perturbation(selected(grads), selected(params), rho)
+    return jax.tree.map(
+        lambda e, p: p if e is None else _numerics.add_scaled(p, 1.0, e),
+        epsilon,
+        params,
+        is_leaf=lambda node: node is None,
+    )
+
+
+def select(tree: PyTree, mask: PyTree | None) -> PyTree:
+    """The leaves that ``mask`` picks; None (an empty subtree) for the others."""
+    if mask is None:
+        return tree
+    return jax.tree.map(lambda flag, x: x if flag else None, mask, tree)

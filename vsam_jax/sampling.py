@@ -1,0 +1,305 @@
+r"""When the second gradient is taken: rules that plan a window of steps ahead.
+
+Time is cut into windows of K steps. A rule decides before the first step of a
+window which of its steps are sampled, from its budget and from numbers that
+are a pure function of (seed, index of the window). Nothing that happens inside
+a window changes its plan, so a host can read the plan once and then pick
+between compiled programs (:mod:`vsam_jax.dispatch`).
+
+A rule is a frozen dataclass of static numbers with the methods of
+:class:`SamplingRule`; what changes over training (:class:`Rings`, the budget)
+is passed in and returned.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from vsam_jax import _numerics, statistics
+from vsam_jax.statistics import Rings
+
+
+class SamplingRule(Protocol):
+    """What a rule must offer; all methods are pure and traceable."""
+
+    @property
+    def window(self) -> int:
+        """K, how many steps one plan covers."""
+        ...
+
+    @property
+    def warmup_steps(self) -> int:
+        """W, how many first steps are all sampled, before the first window."""
+        ...
+
+    @property
+    def always(self) -> bool:
+        """Whether every step is sampled, so that no conditional is needed."""
+        ...
+
+    def init_rings(self, dtype: _numerics.DTypeLike) -> Rings | None:
+        """Empty statistics, or None where the rule keeps none."""
+        ...
+
+    def init_budget(self, dtype: _numerics.DTypeLike) -> jax.Array:
+        """The budget b that is in force before the first window, a scalar."""
+        ...
+
+    def observe(
+        self, rings: Rings | None, grad_norm: jax.Array, psf_norm: jax.Array
+    ) -> Rings | None:
+        """The statistics after one more sample with these finite norms."""
+        ...
+
+    def next_budget(self, budget: jax.Array, rings: Rings | None) -> jax.Array:
+        """The budget of the window that starts now."""
+        ...
+
+    def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
+        """Which steps of a window are sampled, a bool array [K]."""
+        ...
+
+
+# --- Pure functions -----------------------------------------------------------
+
+
+def next_budget(
+    budget: jax.Array,
+    rings: Rings,
+    *,
+    norm_gain: float,
+    variance_gain: float,
+    max_budget: int,
+) -> jax.Array:
+    r"""vSAM's controller: more samples while the PSF varies more.
+
+    .. math::
+      b \leftarrow \mathrm{clip}\big(b \, (1 + α_1 \mathrm{rel}(Q)
+      + α_2 \mathrm{rel}(V)), \; 1, \; ⌊K p_{max}⌋\big)
+
+    Args:
+      budget: b, a scalar.
+      rings: Q (``ratios``) and V (``variances``) of the last samples.
+      norm_gain: α₁.
+      variance_gain: α₂.
+      max_budget: ⌊K·p_max⌋.
+
+    Returns:
+      The new b, finite and in [1, ``max_budget``] for any finite rings.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from vsam_jax import sampling, statistics
+      >>> rings = statistics.init_rings(4, jnp.float32)._replace(
+      ...     ratios=jnp.array([1., 2., 4., 8.]), filled=jnp.array(4))
+      >>> print(sampling.next_budget(jnp.array(2.0), rings, norm_gain=0.5,
+      ...                            variance_gain=0.5, max_budget=4))
+      3.0
+    """
+    growth = (
+        1
+        + norm_gain * statistics.relative_change(rings.ratios, rings.filled)
+        + variance_gain * statistics.relative_change(rings.variances, rings.filled)
+    )
+    return jnp.clip(budget * growth, 1, max_budget).astype(budget.dtype)
+
+
+def window_plan(budget: jax.Array, uniforms: jax.Array) -> jax.Array:
+    r"""vSAM's plan: exactly ⌊b⌋ of the K steps, chosen by the uniforms.
+
+    One step after the other, with c the samples taken so far in the window:
+    step i is sampled if (c < ⌊b⌋ and uᵢ ≥ 1 − b/K) or K − i ≤ ⌊b⌋ − c. The
+    first case is the random choice, the second one makes up for samples that the
+    random choice left over once only as many steps remain.
+
+    Here without a loop. Let Hᵢ be the number of j < i with uⱼ ≥ 1 − b/K. Before
+    the second case first holds c = min(⌊b⌋, Hᵢ); from then on every step is
+    sampled, and K − i ≤ ⌊b⌋ − Hᵢ keeps holding, since Hᵢ grows by one a step at
+    most. So Hᵢ can stand for c in both cases.
+
+    Args:
+      budget: b, a scalar in [1, K].
+      uniforms: u, an array [K] of numbers in [0, 1). A number that the
+        step-by-step rule would not look at may be NaN.
+
+    Returns:
+      A bool array [K] with exactly ⌊b⌋ times True.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from vsam_jax import sampling
+      >>> u = jnp.array([0.1, 0.9, 0.2, 0.3])
+      >>> print(sampling.window_plan(jnp.array(2.5), u))
+      [False  True False  True]
+    """
+    window = uniforms.shape[0]
+    quota = jnp.floor(budget).astype(jnp.int32)
+    hit = uniforms >= 1 - budget / window
+    hits_before = jnp.cumsum(hit, dtype=jnp.int32) - hit
+    remaining = window - jnp.arange(window, dtype=jnp.int32)
+    return (hit & (hits_before < quota)) | (remaining <= quota - hits_before)
+
+
+def window_uniforms(seed: int, window_index: jax.Array, window: int) -> jax.Array:
+    """The random numbers of one window: a pure function of its arguments.
+
+    No key is kept in any state, so that wrappers which do arithmetic on states
+    leave the randomness alone, and a resumed run draws what the first one drew.
+
+    Args:
+      seed: chooses the stream.
+      window_index: int32 scalar, the number of the window.
+      window: K.
+
+    Returns:
+      A float32 array [K] in [0, 1), the same in 32- and 64-bit mode.
+    """
+    # The generator is named, so that jax_default_prng_impl changes no plan.
+    key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), window_index)
+    return jax.random.uniform(key, (window,), jnp.float32)
+
+
+# --- Rules --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ByVariation:
+    """vSAM: ⌊b⌋ samples a window, b driven by how much the PSF varies.
+
+    Attributes:
+      window: K.
+      segments: S, divides K into groups of at least two.
+      warmup_steps: W.
+      norm_gain: α₁.
+      variance_gain: α₂.
+      max_rate: p_max.
+      seed: chooses the random numbers of the plans.
+    """
+
+    window: int
+    segments: int
+    warmup_steps: int
+    norm_gain: float
+    variance_gain: float
+    max_rate: float
+    seed: int
+
+    @property
+    def always(self) -> bool:
+        return False
+
+    @property
+    def max_budget(self) -> int:
+        """⌊K·p_max⌋."""
+        # 100 · 0.29 is 28.999999999999996 in binary; 29 is what was meant.
+        return int(self.window * self.max_rate + 1e-9)
+
+    def init_rings(self, dtype: _numerics.DTypeLike) -> Rings:
+        return statistics.init_rings(self.window, dtype)
+
+    def init_budget(self, dtype: _numerics.DTypeLike) -> jax.Array:
+        return jnp.ones((), dtype)
+
+    def observe(
+        self, rings: Rings | None, grad_norm: jax.Array, psf_norm: jax.Array
+    ) -> Rings:
+        assert rings is not None
+        return statistics.push_sample(
+            rings, grad_norm, psf_norm, segments=self.segments
+        )
+
+    def next_budget(self, budget: jax.Array, rings: Rings | None) -> jax.Array:
+        assert rings is not None
+        return next_budget(
+            budget,
+            rings,
+            norm_gain=self.norm_gain,
+            variance_gain=self.variance_gain,
+            max_budget=self.max_budget,
+        )
+
+    def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
+        return window_plan(
+            budget, window_uniforms(self.seed, window_index, self.window)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _FixedRate:
+    """What rules without statistics share: the budget never changes."""
+
+    @property
+    def warmup_steps(self) -> int:
+        return 0
+
+    @property
+    def always(self) -> bool:
+        return False
+
+    def init_rings(self, dtype: _numerics.DTypeLike) -> None:
+        del dtype
+
+    def observe(
+        self, rings: Rings | None, grad_norm: jax.Array, psf_norm: jax.Array
+    ) -> Rings | None:
+        del grad_norm, psf_norm
+        return rings
+
+    def next_budget(self, budget: jax.Array, rings: Rings | None) -> jax.Array:
+        del rings
+        return budget
+
+
+@dataclasses.dataclass(frozen=True)
+class Periodic(_FixedRate):
+    """Steps 0, k, 2k, … are sampled; k = 1 samples every step.
+
+    Attributes:
+      period: k.
+    """
+
+    period: int
+
+    @property
+    def window(self) -> int:
+        """A multiple of k, and not small, so that a host seldom reads the plan."""
+        return self.period * -(-64 // self.period)
+
+    @property
+    def always(self) -> bool:
+        return self.period == 1
+
+    def init_budget(self, dtype: _numerics.DTypeLike) -> jax.Array:
+        return jnp.array(self.window // self.period, dtype)
+
+    def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
+        del budget, window_index
+        return jnp.arange(self.window) % self.period == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class AtRandom(_FixedRate):
+    """Every step is sampled with the same probability, independently.
+
+    Attributes:
+      rate: the probability.
+      window: K, for how many steps the numbers are drawn at once.
+      seed: chooses the random numbers.
+    """
+
+    rate: float
+    window: int
+    seed: int
+
+    @property
+    def always(self) -> bool:
+        return self.rate == 1
+
+    def init_budget(self, dtype: _numerics.DTypeLike) -> jax.Array:
+        return jnp.array(self.rate * self.window, dtype)
+
+    def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
+        del budget
+        return window_uniforms(self.seed, window_index, self.window) < self.rate

@@ -1,0 +1,172 @@
+"""Flax Linen: a train state and a training step that take the second gradient.
+
+What is easy to get wrong by hand is right by construction here: the second pass
+sees the same mini-batch and the same dropout mask as the first one, BatchNorm runs
+in training mode in both, and its running statistics come from the first alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state as flax_train_state
+
+PyTree = Any
+
+
+class TrainState(flax_train_state.TrainState):
+    """Flax's train state, with what a sharpness-aware step needs besides.
+
+    Attributes:
+        batch_stats: the running statistics of BatchNorm, or any other mutable
+            collections that the forward pass updates; ``{}`` where there are none.
+        dropout_key: a PRNG key; every step folds its number into it. None where the
+            model draws no random numbers.
+    """
+
+    batch_stats: Any
+    dropout_key: jax.Array | None
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        apply_fn: Callable[..., Any],
+        params: PyTree,
+        tx: optax.GradientTransformation,
+        batch_stats: PyTree | None = None,
+        dropout_key: jax.Array | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Makes the state of step 0.
+
+        Args:
+            apply_fn: usually ``model.apply``.
+            params: the parameters.
+            tx: the optimizer, such as ``chain(vsam(...), sgd(...))``.
+            batch_stats: see the class; None means ``{}``.
+            dropout_key: see the class.
+            **kwargs: further fields of a subclass.
+
+        Returns:
+            A new state whose buffers may be donated.
+        """
+        state = super().create(
+            apply_fn=apply_fn,
+            params=params,
+            tx=tx,
+            batch_stats={} if batch_stats is None else batch_stats,
+            dropout_key=dropout_key,
+            **kwargs,
+        )
+        # An array from the start: a Python 0 would compile the step twice.
+        return state.replace(step=jnp.zeros((), jnp.int32))
+
+    def apply_gradients(
+        self,
+        *,
+        grads: PyTree,
+        grad_fn: Callable[[PyTree], PyTree] | None = None,
+        sample: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """One update, as in flax, with the arguments of a sharpness-aware one.
+
+        Args:
+            grads: the gradient, a tree like ``params``.
+            grad_fn: maps parameters to the gradient of the same mini-batch.
+            sample: whether this step is sampled, see :func:`vsam_jax.vsam`.
+            **kwargs: fields to replace, such as ``batch_stats``.
+
+        Returns:
+            The state of the next step.
+        """
+        tx = optax.with_extra_args_support(self.tx)
+        updates, opt_state = tx.update(
+            grads, self.opt_state, self.params, grad_fn=grad_fn, sample=sample
+        )
+        return self.replace(
+            step=self.step + 1,
+            params=optax.apply_updates(self.params, updates),
+            opt_state=opt_state,
+            **kwargs,
+        )
+
+
+class LossFn(Protocol):
+    """``loss_fn(params, batch_stats, batch, key) -> (loss, (batch_stats, aux))``."""
+
+    def __call__(
+        self, params: PyTree, batch_stats: PyTree, batch: Any, key: Any, /
+    ) -> tuple[jax.Array, tuple[PyTree, Any]]:
+        """Returns the loss, the updated running statistics and anything else."""
+        ...
+
+
+def make_train_step(
+    loss_fn: LossFn,
+) -> Callable[..., tuple[TrainState, Any]]:
+    """Builds the training step of a loss that is written once.
+
+    Args:
+        loss_fn: ``loss_fn(params, batch_stats, batch, key)`` runs the model in
+            training mode on one mini-batch and returns the scalar loss and a pair:
+            the updated ``batch_stats`` and anything that the caller of the step
+            wants back. ``key`` is for dropout, None if the state has no key.
+
+    Returns:
+        ``train_step(state, batch, *, sample=None) -> (state, aux)``, pure and not
+        jitted. ``aux`` comes from the first pass. Give it to
+        :class:`vsam_jax.PlannedStep`, or jit it as it is for a traced step. It
+        works with any optax optimizer; one that takes no second gradient never
+        calls for it.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, vsam_jax
+        >>> class Model(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x, train):
+        ...         x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        ...         x = nn.Dropout(0.1, deterministic=not train)(nn.relu(x))
+        ...         return nn.Dense(1)(x)
+        >>> model = Model()
+        >>> def loss_fn(params, batch_stats, batch, key):
+        ...     x, y = batch
+        ...     out, updated = model.apply(
+        ...         {'params': params, 'batch_stats': batch_stats}, x, train=True,
+        ...         rngs={'dropout': key}, mutable=['batch_stats'])
+        ...     loss = jnp.mean((out - y) ** 2)
+        ...     return loss, (updated['batch_stats'], {'loss': loss})
+        >>> x, y = jnp.ones((4, 3)), jnp.ones((4, 1))
+        >>> variables = model.init(jax.random.key(0), x, train=False)
+        >>> state = vsam_jax.TrainState.create(
+        ...     apply_fn=model.apply, **variables, dropout_key=jax.random.key(1),
+        ...     tx=optax.chain(vsam_jax.vsam(rho=0.05), optax.sgd(0.1)))
+        >>> step = vsam_jax.PlannedStep(vsam_jax.make_train_step(loss_fn))
+        >>> for _ in range(3):
+        ...     state, metrics = step(state, (x, y))
+        >>> int(state.step), metrics['loss'].shape
+        (3, ())
+    """
+
+    def train_step(
+        state: TrainState, batch: Any, *, sample: Any = None
+    ) -> tuple[TrainState, Any]:
+        key = state.dropout_key
+        if key is not None:
+            key = jax.random.fold_in(key, state.step)
+        gradient = jax.grad(loss_fn, has_aux=True)
+        grads, (batch_stats, aux) = gradient(
+            state.params, state.batch_stats, batch, key
+        )
+        new_state = state.apply_gradients(
+            grads=grads,
+            grad_fn=lambda p: gradient(p, state.batch_stats, batch, key)[0],
+            sample=sample,
+            batch_stats=batch_stats,
+        )
+        return new_state, aux
+
+    return train_step

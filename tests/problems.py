@@ -1,0 +1,71 @@
+"""Small problems and reference code that several tests use."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import vsam_jax
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+
+
+def load_golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """A recorded trajectory and its settings; see tests/golden/README.md."""
+    with np.load(GOLDEN / f'{name}.npz') as file:
+        data = {key: file[key] for key in file}
+    return data, json.loads(str(data.pop('meta')))
+
+
+def mlp_loss(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Mean cross entropy of the two-layer tanh network of the trajectories."""
+    x, y = batch
+    w1, b1, w2, b2, w3, b3 = params
+    hidden = jnp.tanh(jnp.tanh(x @ w1 + b1) @ w2 + b2)
+    losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ w3 + b3, y)
+    return losses.mean()
+
+
+def mlp_params(seed: int = 0, dtype: Any = jnp.float32, hidden: int = 8) -> list:
+    """Parameters for :func:`mlp_loss` with 6 inputs and 3 classes."""
+    rng = np.random.default_rng(seed)
+    shapes = [(6, hidden), (hidden,), (hidden, hidden), (hidden,), (hidden, 3), (3,)]
+    return [jnp.asarray(rng.normal(size=s) * 0.5, dtype) for s in shapes]
+
+
+def mlp_batches(n: int, seed: int = 1, size: int = 16, dtype: Any = jnp.float32):
+    """n mini-batches for :func:`mlp_loss`."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, size, 6))
+    y = rng.integers(0, 3, size=(n, size))
+    return [(jnp.asarray(a, dtype), jnp.asarray(b)) for a, b in zip(x, y, strict=True)]
+
+
+def make_step(tx: optax.GradientTransformation, loss: Any = mlp_loss):
+    """``train_step((params, opt_state), batch, *, sample) -> (state, loss)``."""
+    tx = optax.with_extra_args_support(tx)
+
+    def train_step(state, batch, *, sample=None):
+        params, opt_state = state
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, opt_state = tx.update(
+            grads,
+            opt_state,
+            params,
+            grad_fn=lambda p: jax.grad(loss)(p, batch),
+            sample=sample,
+        )
+        return (optax.apply_updates(params, updates), opt_state), value
+
+    return train_step
+
+
+def vsam_state(state: Any) -> vsam_jax.VSAMState:
+    """The VSAMState inside any state."""
+    is_vsam = lambda node: isinstance(node, vsam_jax.VSAMState)
+    (found,) = [n for n in jax.tree.leaves(state, is_leaf=is_vsam) if is_vsam(n)]
+    return found

@@ -106,6 +106,24 @@ def floating_dtype(name: str, value: Any) -> Any:
     return dtype
 
 
+def flag(name: str, value: Any) -> bool:
+    """Returns ``value`` if it is a bool, or raises."""
+    if not isinstance(value, bool):
+        raise TypeError(f'{name} must be True or False, got {value!r}.')
+    return value
+
+
+def axis_name(name: str, value: Any) -> Any:
+    """Checks the name of a mapped axis, or several of them in a tuple."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is None or (names and all(isinstance(n, str) for n in names)):
+        return value
+    raise TypeError(
+        f'{name} must be None, the name of a mapped axis or a tuple of such names,'
+        f' got {value!r}.'
+    )
+
+
 def mask(name: str, value: Any) -> Any:
     """Checks a mask before there are parameters to hold it against."""
     if value is None or callable(value):

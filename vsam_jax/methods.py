@@ -17,6 +17,7 @@ import optax
 
 from vsam_jax import (
     _checks,
+    _collectives,
     _numerics,
     perturbation,
     reuse,
@@ -45,6 +46,8 @@ STATIC_ARGS: tuple[str, ...] = (
     'gain',
     'rate',
     'reuse_psf',
+    'axis_name',
+    'per_device',
 )
 
 _MAX_SEED = 2**32 - 1
@@ -65,6 +68,8 @@ def vsam(
     perturb_mask: Mask | None = None,
     psf_dtype: _numerics.DTypeLike = None,
     seed: int = 0,
+    axis_name: _collectives.AxisName = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Variation-based SAM: SAM's direction at nearly the price of SGD's.
 
@@ -124,6 +129,20 @@ def vsam(
         rounds s to 8 bits, in the direction of sampled steps too. None stores it
         in the parameters' dtypes.
       seed: an integer in [0, 2³²), chooses which steps of a window are sampled.
+      axis_name: None where one program sees all devices (``jax.jit``), and
+        wherever ``update`` and ``grad_fn`` give the mean gradient over the
+        devices. In a function that runs once per device (``jax.shard_map``,
+        ``jax.pmap``), the name of the mapped axis or a tuple of such names:
+        ``update`` takes each device's own gradient, and averages.
+      per_device: only with ``axis_name``. False: one perturbation for all
+        devices, from the mean gradient, so that the result does not depend on
+        how many devices share a mini-batch and is that of ``jax.jit``. True: each
+        device perturbs along its own gradient and the second gradients are
+        averaged (m-sharpness, m being a device's share of the mini-batch). That is
+        another objective, and the authors of SAM found smaller m to generalize
+        better. It changes with the number of devices. The first mean is then not
+        needed before the second pass, so the two can overlap. Either way s, its
+        norms and the plan are those of the mean gradients, the same on all devices.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with state
@@ -212,6 +231,8 @@ def vsam(
         stats_mask=stats_mask,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
+        axis_name=axis_name,
+        per_device=per_device,
     )
 
 
@@ -223,7 +244,11 @@ def _decayed_difference(decay: float, reuse_steps: int) -> reuse.DecayedDifferen
 
 
 def sam(
-    rho: Any = 0.05, *, perturb_mask: Mask | None = None
+    rho: Any = 0.05,
+    *,
+    perturb_mask: Mask | None = None,
+    axis_name: _collectives.AxisName = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimization: the second gradient on every step.
 
@@ -235,6 +260,9 @@ def sam(
     Args:
       rho: ρ, as in :func:`vsam`.
       perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+      axis_name: the mapped axis over which to average, as in :func:`vsam`.
+      per_device: whether each device has its own perturbation, as in
+        :func:`vsam`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with state
@@ -259,11 +287,18 @@ def sam(
         reuse.NoReuse(),
         rho,
         perturb_mask=perturb_mask,
+        axis_name=axis_name,
+        per_device=per_device,
     )
 
 
 def asam(
-    rho: Any = 0.5, *, eta: float = 0.0, perturb_mask: Mask | None = None
+    rho: Any = 0.5,
+    *,
+    eta: float = 0.0,
+    perturb_mask: Mask | None = None,
+    axis_name: _collectives.AxisName = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive SAM: each weight is perturbed in proportion to its size.
 
@@ -277,6 +312,9 @@ def asam(
         authors' own form (η = 0.01 for weights, T = 1 for biases) also moves
         tensors that are all zero; the default is the form of most libraries.
       perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+      axis_name: the mapped axis over which to average, as in :func:`vsam`.
+      per_device: whether each device has its own perturbation, as in
+        :func:`vsam`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with state
@@ -302,6 +340,8 @@ def asam(
         reuse.NoReuse(),
         rho,
         perturb_mask=perturb_mask,
+        axis_name=axis_name,
+        per_device=per_device,
     )
 
 
@@ -312,6 +352,8 @@ def looksam(
     gain: float = 0.7,
     perturb_mask: Mask | None = None,
     psf_dtype: _numerics.DTypeLike = None,
+    axis_name: _collectives.AxisName = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LookSAM: the second gradient every k steps, its orthogonal part between.
 
@@ -324,6 +366,9 @@ def looksam(
       gain: α >= 0.
       perturb_mask: which tensors are perturbed, as in :func:`vsam`.
       psf_dtype: dtype in which g_v / ‖g_v‖ is stored, as in :func:`vsam`.
+      axis_name: the mapped axis over which to average, as in :func:`vsam`.
+      per_device: whether each device has its own perturbation, as in
+        :func:`vsam`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with state
@@ -352,6 +397,8 @@ def looksam(
         rho,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
+        axis_name=axis_name,
+        per_device=per_device,
     )
 
 
@@ -366,6 +413,8 @@ def random_sam(
     perturb_mask: Mask | None = None,
     psf_dtype: _numerics.DTypeLike = None,
     seed: int = 0,
+    axis_name: _collectives.AxisName = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SAM on a random share of the steps, with or without reuse of the PSF.
 
@@ -382,6 +431,9 @@ def random_sam(
       perturb_mask: which tensors are perturbed, as in :func:`vsam`.
       psf_dtype: dtype in which the PSF is stored, as in :func:`vsam`.
       seed: chooses which steps are sampled.
+      axis_name: the mapped axis over which to average, as in :func:`vsam`.
+      per_device: whether each device has its own perturbation, as in
+        :func:`vsam`.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with state
@@ -393,8 +445,7 @@ def random_sam(
       >>> print(int(state.plan.sum()))
       325
     """
-    if not isinstance(reuse_psf, bool):
-        raise TypeError(f'reuse_psf must be True or False, got {reuse_psf!r}.')
+    reuse_psf = _checks.flag('reuse_psf', reuse_psf)
     return transform.sharpness_aware(
         perturbation.l2_ascent,
         sampling.AtRandom(
@@ -406,4 +457,6 @@ def random_sam(
         rho,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
+        axis_name=axis_name,
+        per_device=per_device,
     )

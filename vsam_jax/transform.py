@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsam_jax import _checks, _numerics, dispatch
+from vsam_jax import _checks, _collectives, _numerics, dispatch
 from vsam_jax import perturbation as perturbations
 from vsam_jax import reuse as reuses
 from vsam_jax.perturbation import Perturbation
@@ -50,6 +50,8 @@ def sharpness_aware(
     stats_mask: Mask | None = None,
     perturb_mask: Mask | None = None,
     psf_dtype: _numerics.DTypeLike = None,
+    axis_name: _collectives.AxisName = None,
+    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Puts a perturbation, a sampling rule and a reuse rule together.
 
@@ -64,6 +66,8 @@ def sharpness_aware(
       stats_mask: which tensors the statistics are taken over.
       perturb_mask: which tensors are perturbed.
       psf_dtype: dtype in which the memory is stored.
+      axis_name: mapped axis over which gradients are averaged.
+      per_device: whether each device of that axis has its own perturbation.
 
     Returns:
       An :class:`optax.GradientTransformationExtraArgs` with state
@@ -73,6 +77,12 @@ def sharpness_aware(
     stats_mask = _checks.mask('stats_mask', stats_mask)
     perturb_mask = _checks.mask('perturb_mask', perturb_mask)
     psf_dtype = _checks.floating_dtype('psf_dtype', psf_dtype)
+    axis_name = _checks.axis_name('axis_name', axis_name)
+    if _checks.flag('per_device', per_device) and axis_name is None:
+        raise ValueError(
+            'per_device must be False where axis_name is None, got True: name the axis'
+            ' of shard_map or pmap that runs over the devices.'
+        )
 
     def init_fn(params: PyTree) -> VSAMState:
         _checks.floating_leaves('params', params)
@@ -114,7 +124,10 @@ def sharpness_aware(
         del extra_args
         sample = dispatch.resolve(sample, state, always=sampling.always)
         _check_update(updates, state, params, grad_fn, sample)
-        grads = updates
+        _collectives.check_own('updates', updates, axis_name)
+        # From here on every number is the same on all devices, the plan too, but
+        # for what the second pass sees and returns.
+        grads = _collectives.mean(updates, axis_name)
         dtype = state.budget.dtype
         picked = lambda tree: perturbations.select(
             tree, _checks.resolve_mask('stats_mask', stats_mask, grads)
@@ -127,8 +140,8 @@ def sharpness_aware(
             sam_grads = grad_fn(
                 perturbations.perturb(
                     perturbation,
-                    grads,
-                    params,
+                    updates if per_device else grads,
+                    _collectives.own_copy(params, axis_name),
                     radius,
                     _checks.resolve_mask('perturb_mask', perturb_mask, params),
                 )
@@ -140,6 +153,7 @@ def sharpness_aware(
                 grads,
                 dtypes=True,
             )
+            sam_grads = _collectives.mean(sam_grads, axis_name)
             # The second pass may round differently from the first: at ρ = 0 the
             # difference must vanish all the same.
             sam_grads = jax.tree.map(

@@ -1,0 +1,252 @@
+r"""Checkpoints that know which run they belong to, written and read by orbax.
+
+A run that is resumed goes on as if it had not been stopped only if state *and*
+settings are the same. Orbax stores the state, but it casts an array to whatever
+dtype it is asked for, and a seed or a decay leaves no trace in any array. So
+:func:`save` stores the settings and the shapes and dtypes of all arrays beside
+the state, and :func:`restore` refuses a checkpoint in which they differ and
+says where. All else (how many to keep, when to save, asynchronous saving,
+several hosts) is that of the ``CheckpointManager`` that the caller makes.
+
+*Exactness.* The whole state of a method is arrays, its plan included, and its
+random numbers are a function of the seed and the step. A run that is restored
+in the middle of a window therefore continues bit for bit as the uninterrupted
+one on the CPU, planned (:class:`vsam_jax.PlannedStep`) and traced, if it sees
+the same batches. On a GPU that takes programs that give the same bits twice:
+the same GPU model and versions of jaxlib, CUDA and cuDNN,
+``XLA_FLAGS=--xla_gpu_deterministic_ops=true``, and
+``--xla_gpu_autotune_level=0`` (or a compilation cache that both runs use), since
+autotuning may choose other kernels in the second run. On a TPU the same
+program gives the same bits on the same topology.
+
+*Killed while saving.* Orbax writes a checkpoint under another name, or without
+its mark of success, until it is complete; ``manager.latest_step()`` and
+:func:`restore` see complete ones only.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+PyTree = Any
+
+# The names of the two items of a checkpoint.
+_STATE = 'state'
+_CONFIGURATION = 'configuration'
+
+# How many differences an error lists.
+_MAX_LISTED = 8
+
+
+def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
+    """All arguments of a method and their values, those left at default too.
+
+    Args:
+      method: a function such as :func:`vsam_jax.vsam`, or a ``functools.partial``
+        of one that names all that is set.
+
+    Returns:
+      The names of the arguments with their values, and ``method``, the name of
+      the function. A value that is a function (a schedule, a callable mask) has
+      to be replaced by a description before it can be stored.
+
+    Example:
+      >>> import functools, vsam_jax
+      >>> method = functools.partial(vsam_jax.sam, rho=0.1)
+      >>> settings = vsam_jax.checkpoint.settings_of(method)
+      >>> settings['method'], settings['rho'], settings['perturb_mask']
+      ('sam', 0.1, None)
+    """
+    values: dict[str, Any] = {}
+    for name, parameter in inspect.signature(method).parameters.items():
+        if parameter.default is inspect.Parameter.empty:
+            raise ValueError(
+                f'method must have a value for each of its arguments, but {name!r} has'
+                ' none. Set it by functools.partial.'
+            )
+        values[name] = parameter.default
+    function = method
+    while hasattr(function, 'func'):
+        function = function.func  # pyright: ignore[reportFunctionMemberAccess]
+    return {'method': getattr(function, '__name__', repr(function)), **values}
+
+
+def save(
+    manager: 'ocp.CheckpointManager',
+    step: int,
+    state: PyTree,
+    *,
+    config: Mapping[str, Any],
+    **options: Any,
+) -> bool:
+    """Saves a state and the configuration that it belongs to.
+
+    Args:
+      manager: where to; an ``orbax.checkpoint.CheckpointManager``. By default it
+        writes in the background, from a copy: the state may be donated to the next
+        step at once.
+      step: the number of the checkpoint.
+      state: any tree of arrays: a :class:`vsam_jax.TrainState`, ``(params,
+        opt_state)``. PRNG keys are arrays too.
+      config: every setting that decides how the run goes on: JSON values, arrays
+        and dtypes. :func:`settings_of` collects those of a method.
+      **options: passed on to ``manager.save``, such as ``metrics`` or ``force``.
+
+    Returns:
+      Whether the manager saved (it may have a save interval).
+
+    Raises:
+      TypeError: if ``config`` holds something that cannot be stored and compared.
+
+    Example:
+      >>> import functools, tempfile
+      >>> import jax.numpy as jnp, optax, orbax.checkpoint as ocp, vsam_jax
+      >>> from vsam_jax import checkpoint
+      >>> method = functools.partial(vsam_jax.vsam, rho=0.05, window=10, seed=1)
+      >>> config = {'vsam': checkpoint.settings_of(method), 'learning_rate': 0.1}
+      >>> tx = optax.chain(method(), optax.sgd(0.1))
+      >>> params = jnp.ones(3)
+      >>> state = (params, tx.init(params))
+      >>> directory = tempfile.TemporaryDirectory()
+      >>> with ocp.CheckpointManager(directory.name) as manager:
+      ...   if manager.latest_step() is not None:
+      ...     state = checkpoint.restore(manager, state, config=config)
+      ...   _ = checkpoint.save(manager, 0, state, config=config)
+      ...   manager.wait_until_finished()
+      ...   config['vsam']['seed'] = 2
+      ...   try:
+      ...     checkpoint.restore(manager, state, config=config)
+      ...   except ValueError as error:
+      ...     print(str(error).splitlines()[1].strip())
+      config['vsam']['seed'] is 1 in the checkpoint, 2 in this run
+      >>> directory.cleanup()
+    """
+    import orbax.checkpoint as ocp
+
+    items = {
+        _STATE: ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
+        _CONFIGURATION: ocp.args.JsonSave(_configuration(config, state)),  # pyright: ignore[reportCallIssue]
+    }
+    return manager.save(step, args=ocp.args.Composite(**items), **options)
+
+
+def restore(
+    manager: 'ocp.CheckpointManager',
+    like: PyTree,
+    *,
+    config: Mapping[str, Any],
+    step: int | None = None,
+) -> PyTree:
+    """Restores a state, if it belongs to this configuration.
+
+    Args:
+      manager: an ``orbax.checkpoint.CheckpointManager`` of the directory.
+      like: a state with the wanted structure: arrays, a new run's first state for
+        instance, or ``jax.ShapeDtypeStruct`` objects. Arrays are restored onto the
+        shardings of ``like`` (:func:`vsam_jax.state_shardings` gives them), which
+        need not be those that were saved.
+      config: the settings of this run, as :func:`save` was given them.
+      step: which checkpoint, None for the latest.
+
+    Returns:
+      A tree like ``like``.
+
+    Raises:
+      FileNotFoundError: if there is no complete checkpoint (of that step).
+      ValueError: if settings, or structure, shapes or dtypes of the state, differ
+        from those of the checkpoint. The message lists the differences.
+    """
+    import orbax.checkpoint as ocp
+
+    steps = manager.all_steps()
+    if step is None:
+        step = max(steps, default=None)
+    if step is None or step not in steps:
+        raise FileNotFoundError(
+            f'{manager.directory} holds no complete checkpoint'
+            + (f' of step {step}; it holds {sorted(steps)}.' if steps else '.')
+        )
+    found = manager.restore(
+        step,
+        args=ocp.args.Composite(**{_CONFIGURATION: ocp.args.JsonRestore()}),
+    )[_CONFIGURATION]
+    wanted = _configuration(config, like)
+    differences = _differences('config', found['config'], wanted['config'])
+    differences += _differences('state', found['state'], wanted['state'])
+    if differences:
+        listed = differences[:_MAX_LISTED]
+        if len(differences) > len(listed):
+            listed.append(f'and {len(differences) - len(listed)} more')
+        raise ValueError(
+            f'The checkpoint of step {step} in {manager.directory} belongs to another'
+            ' configuration:\n  ' + '\n  '.join(listed)
+        )
+    return manager.restore(
+        step,
+        args=ocp.args.Composite(
+            **{_STATE: ocp.args.StandardRestore(like)}  # pyright: ignore[reportCallIssue]
+        ),
+    )[_STATE]
+
+
+def _configuration(config: Mapping[str, Any], state: PyTree) -> dict[str, Any]:
+    """What is stored beside the arrays, as JSON values."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f'config must be a mapping, got {config!r}.')
+    arrays = {
+        jax.tree_util.keystr(path): _array_type(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    return {'config': _plain('config', config), 'state': arrays}
+
+
+def _array_type(x: Any) -> str:
+    """Dtype and shape, such as ``float32[3,4]``."""
+    dtype = getattr(x, 'dtype', type(x).__name__)
+    return f'{dtype}[{",".join(map(str, getattr(x, "shape", ())))}]'
+
+
+def _plain(where: str, value: Any) -> Any:
+    """``value`` as JSON gives it back, or an error that says where it cannot be."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(f'{where}[{k!r}]', v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(f'{where}[{i}]', v) for i, v in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return value.tolist()
+    try:
+        return jnp.dtype(value).name
+    except TypeError:
+        raise TypeError(
+            f'{where} must be a JSON value, an array or a dtype, so that it can be'
+            f' stored and compared, got {value!r}. Describe a function by its name and'
+            " numbers, such as 'cosine from 0.05 to 0 in 1000 steps'."
+        ) from None
+
+
+def _differences(where: str, found: Any, wanted: Any) -> list[str]:
+    """What differs between two JSON values, one line each."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        lines = []
+        for key in [*found, *(key for key in wanted if key not in found)]:
+            # Paths into the state come with their own brackets.
+            here = where + (key if where == 'state' else f'[{key!r}]')
+            if key not in wanted:
+                lines.append(f'{here} is in the checkpoint alone')
+            elif key not in found:
+                lines.append(f'{here} is in this run alone')
+            else:
+                lines += _differences(here, found[key], wanted[key])
+        return lines
+    if found == wanted:
+        return []
+    return [f'{where} is {found!r} in the checkpoint, {wanted!r} in this run']

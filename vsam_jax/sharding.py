@@ -1,0 +1,82 @@
+"""Shardings of a train state: what belongs to a parameter lies where it lies."""
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+PyTree = Any
+
+
+def state_shardings(state: PyTree, params: PyTree) -> PyTree:
+    """The shardings of a train state or optimizer state on a mesh.
+
+    Memories of the size of a parameter (the PSF, momenta, averages) are sharded
+    like that parameter; all else (counters, plan, budget, statistics) is
+    replicated. On a mesh with Auto axes a jitted ``init`` or step must be told so,
+    or XLA decides and may replicate the memories: give the result to
+    ``out_shardings``. On a mesh with Explicit axes the types of arrays carry their
+    shardings, and this function is not needed.
+
+    A leaf of ``state`` belongs to a parameter if its shape is the parameter's and
+    its path ends with the parameter's path; the longest such path counts.
+
+    Args:
+      state: any tree in which the state stands: ``(params, opt_state)``, a
+        :class:`vsam_jax.TrainState`, an optimizer state. Of its leaves only the
+        shapes are looked at: ``jax.eval_shape(tx.init, params)`` will do.
+      params: the parameters, arrays or ``jax.ShapeDtypeStruct`` objects, with a
+        ``NamedSharding`` each, all on one mesh.
+
+    Returns:
+      A tree like ``state`` of ``NamedSharding``.
+
+    Raises:
+      ValueError: if ``params`` are not all on one mesh.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, vsam_jax
+      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      >>> mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,))
+      >>> params = {'w': jnp.ones((8, 2)), 'b': jnp.ones(2)}
+      >>> params = jax.device_put(
+      ...     params, {'w': NamedSharding(mesh, P('data')),
+      ...              'b': NamedSharding(mesh, P())})
+      >>> tx = optax.chain(vsam_jax.vsam(), optax.adamw(1e-3))
+      >>> shardings = vsam_jax.state_shardings(
+      ...     jax.eval_shape(tx.init, params), params)
+      >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> print(opt_state[0].psf['w'].sharding.spec, opt_state[0].plan.sharding.spec)
+      PartitionSpec('data',) PartitionSpec()
+    """
+    wanted = {
+        path: (leaf.shape, _named_sharding(path, leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    meshes = {sharding.mesh for _, sharding in wanted.values()}
+    if len(meshes) != 1:
+        raise ValueError(
+            'params must hold arrays on one mesh, so that the rest of the state can be'
+            f' replicated over it, got {len(meshes)} meshes.'
+        )
+    replicated = NamedSharding(meshes.pop(), PartitionSpec())
+
+    def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for start in range(len(path) + 1):
+            shape, sharding = wanted.get(path[start:], (None, replicated))
+            if shape == getattr(leaf, 'shape', ()):
+                return sharding
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(sharding_of, state)
+
+
+def _named_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    sharding = getattr(leaf, 'sharding', None)
+    if not isinstance(sharding, NamedSharding):
+        raise ValueError(
+            'params must hold arrays with a NamedSharding each; at'
+            f' {jax.tree_util.keystr(path) or "its root"} the sharding is'
+            f' {sharding!r}. Place them first: jax.device_put(params, shardings).'
+        )
+    return sharding

@@ -1,0 +1,1 @@
+"""Training programs around vsam_jax: configurations in, results and figures out."""

@@ -1,0 +1,1 @@
+"""Configurations: every number of a run, as plain Python files."""

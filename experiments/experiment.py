@@ -1,0 +1,250 @@
+"""What of a configuration runs on the device: data, model, step, evaluation."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import vsam_jax
+from experiments import configuration, data, methods, models
+
+PyTree = Any
+
+# What is kept of every step.
+COLUMNS = ('loss', 'accuracy', 'sampled', 'budget', 'grad_norm', 'psf_norm')
+# How many examples are evaluated at once.
+_EVALUATION_BATCH = 512
+
+
+class RunState(vsam_jax.TrainState):
+    """A train state that keeps the numbers of its last steps on the device.
+
+    Attributes:
+        record: float32 [rows, len(COLUMNS)]; step i stands in row i % rows. The
+            host reads it once per interval instead of waiting for every step.
+    """
+
+    record: jax.Array
+
+
+class Experiment:
+    """A configuration, made runnable for any number of seeds.
+
+    Everything that depends on the seed is an argument of the programs, so they
+    are compiled once, whichever seeds are run.
+
+    Args:
+        config: a configuration, see :mod:`experiments.configuration`.
+        dataset: the data set of ``config.data``, if it is loaded already.
+
+    Attributes:
+        dataset: the data set, with true labels.
+        model: the network.
+        method: the optimizer and what goes with it.
+        steps_per_epoch: full batches of an epoch.
+        num_steps: steps of a run.
+        rows: steps of a logging interval.
+        step: ``step(state, batch) -> (state, None)``, compiled; the state that is
+            passed in is consumed.
+        compile_seconds: the time that compilation took, by program.
+    """
+
+    def __init__(self, config: Any, dataset: data.Dataset | None = None):
+        configuration.check(config)
+        self.dataset = data.load(config.data) if dataset is None else dataset
+        self.model = models.create(
+            config.model, config.models[config.model], self.dataset.num_classes
+        )
+        self.batch_size = config.batch_size
+        self.steps_per_epoch = data.steps_per_epoch(
+            self.dataset.train.size, config.batch_size
+        )
+        self.num_steps = config.epochs * self.steps_per_epoch
+        self.rows = config.log_every * self.steps_per_epoch
+        self.method = methods.create(
+            config.method,
+            config.methods[config.method],
+            config.optimizer,
+            self.num_steps,
+        )
+        train_step = _recorded(
+            self.method.make_step(_loss_fn(self.model, config.label_smoothing))
+        )
+        self.step: Any
+        if self.method.programs and config.dispatch == 'planned':
+            self.step = vsam_jax.PlannedStep(train_step)
+        else:
+            self.step = jax.jit(train_step, donate_argnums=0)
+        self.compile_seconds: dict[str, float] = {}
+
+    def init(self, seed: int) -> RunState:
+        """The state of step 0."""
+        image = jnp.zeros((1, *self.dataset.image_shape), jnp.float32)
+        variables = _init(self.model, _stream(seed, 0), image)
+        return RunState.create(
+            apply_fn=self.model.apply,
+            params=variables['params'],
+            batch_stats=variables.get('batch_stats'),
+            tx=self.method.tx,
+            record=jnp.zeros((self.rows, len(COLUMNS)), jnp.float32),
+        )
+
+    def epoch_order(self, seed: int, epoch: int) -> jax.Array:
+        """The examples of the batches of an epoch, [steps, batch size]."""
+        return data.epoch_order(
+            _stream(seed, 1),
+            epoch,
+            num_examples=self.dataset.train.size,
+            batch_size=self.batch_size,
+        )
+
+    def batch(self, split: data.Split, order: jax.Array, index: int) -> PyTree:
+        """One batch of an epoch; all epochs have the same number of them."""
+        return data.take_batch(
+            split,
+            self.dataset.mean,
+            self.dataset.std,
+            order,
+            np.int32(index % self.steps_per_epoch),
+        )
+
+    def compile(self, state: RunState, batch: PyTree) -> None:
+        """Compiles the programs of a run, once; ``state`` is left as it is.
+
+        The difference between a first and a second call is the time it took.
+        """
+        if self.compile_seconds:
+            return
+        programs = {'step': self.step}
+        if isinstance(self.step, vsam_jax.PlannedStep):
+            programs = {
+                'sampled' if sample else 'reuse': self.step.program(sample)
+                for sample in self.method.programs
+            }
+        for name, program in programs.items():
+            first, second = (_seconds(program, state, batch) for _ in range(2))
+            self.compile_seconds[name] = max(first - second, 0.0)
+
+    def counts(self, state: RunState) -> dict[str, int]:
+        """How many steps of the run so far were sampled, and how many in vain."""
+        found = {
+            name: optax.tree.get(state.opt_state, name, 0)
+            for name in ('num_samples', 'num_rejected')
+        }
+        return {name: int(count) for name, count in jax.device_get(found).items()}
+
+    def evaluate(self, state: RunState) -> dict[str, float]:
+        """Accuracies and losses on the examples held back."""
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        splits = {'validation': self.dataset.validation, 'test': self.dataset.test}
+        totals = {}
+        for name, split in splits.items():
+            parts = [
+                _evaluate_part(
+                    self.model,
+                    variables,
+                    split,
+                    self.dataset.mean,
+                    self.dataset.std,
+                    start,
+                )
+                for start in range(0, split.size, _EVALUATION_BATCH)
+            ]
+            totals[name] = sum(parts[1:], parts[0])
+        return {
+            f'{name}_{quantity}': float(total) / splits[name].size
+            for name, pair in jax.device_get(totals).items()
+            for quantity, total in zip(('accuracy', 'loss'), pair, strict=True)
+        }
+
+
+def _stream(seed: int, number: int) -> jax.Array:
+    """A key of its own for each use that a run makes of its seed."""
+    key = jax.random.key(seed, impl='threefry2x32')
+    return jax.random.fold_in(key, number)
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _init(model: nn.Module, key: jax.Array, image: jax.Array) -> PyTree:
+    return model.init(key, image, train=False)
+
+
+def _loss_fn(model: nn.Module, label_smoothing: float) -> Callable[..., Any]:
+    def loss_fn(params: PyTree, batch_stats: PyTree, batch: Any, key: Any, /):
+        rngs = {} if key is None else {'dropout': key}
+        logits, updated = model.apply(
+            {'params': params, 'batch_stats': batch_stats},
+            batch['image'],
+            train=True,
+            rngs=rngs,
+            mutable=['batch_stats'],
+        )
+        targets = smooth_labels(batch['label'], logits.shape[-1], label_smoothing)
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        accuracy = jnp.mean(logits.argmax(-1) == batch['label'])
+        aux = {'loss': loss, 'accuracy': accuracy}
+        return loss, (updated.get('batch_stats', {}), aux)
+
+    return loss_fn
+
+
+def smooth_labels(labels: jax.Array, num_classes: int, share: float) -> jax.Array:
+    """One-hot labels of which ``share`` is spread evenly over the other classes."""
+    one_hot = jax.nn.one_hot(labels, num_classes)
+    return one_hot * (1 - share) + (1 - one_hot) * (share / (num_classes - 1))
+
+
+def _recorded(train_step: Any) -> Any:
+    """The same step, which also writes a row of ``state.record``."""
+
+    def recorded_step(
+        state: RunState, batch: Any, *, sample: Any = None
+    ) -> tuple[RunState, None]:
+        new, aux = train_step(state, batch, sample=sample)
+        # Methods without a VSAMState have no such numbers.
+        values = {
+            name: aux[name]
+            if name in aux
+            else optax.tree.get(new.opt_state, name, jnp.nan)
+            for name in COLUMNS
+        }
+        row = jnp.stack([jnp.asarray(values[name], jnp.float32) for name in COLUMNS])
+        record = state.record.at[state.step % state.record.shape[0]].set(row)
+        return new.replace(record=record), None
+
+    return recorded_step
+
+
+@functools.partial(jax.jit, static_argnames='model')
+def _evaluate_part(
+    model: nn.Module,
+    variables: PyTree,
+    split: data.Split,
+    mean: jax.Array,
+    std: jax.Array,
+    start: jax.Array | int,
+) -> jax.Array:
+    """How many examples from ``start`` on are right, and the sum of their losses."""
+    rows = start + jnp.arange(min(_EVALUATION_BATCH, split.size))
+    counts = rows < split.size
+    rows = jnp.minimum(rows, split.size - 1)
+    images = data.normalize(split.images[rows], mean, std)
+    logits = jnp.asarray(model.apply(variables, images, train=False))
+    labels = split.labels[rows]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    right = logits.argmax(-1) == labels
+    return jnp.stack([jnp.sum(right * counts), jnp.sum(losses * counts)])
+
+
+def _seconds(program: Any, state: RunState, batch: PyTree) -> float:
+    """The time of one call on a copy of the state, which the call consumes."""
+    copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+    start = time.perf_counter()
+    jax.block_until_ready(program(copy, batch))
+    return time.perf_counter() - start

@@ -1,0 +1,202 @@
+"""Files of a run: where they are, how they are written, what they say about it.
+
+====================  ==========================================================
+``result.json``       settings, accuracies, times; there once a run is finished
+``log.jsonl``         one line per logging interval: means, accuracies, speed
+``trace.jsonl``       one line per interval with a list of numbers of each step
+====================  ==========================================================
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import configuration
+
+RESULT = 'result.json'
+LOG = 'log.jsonl'
+TRACE = 'trace.jsonl'
+
+
+def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
+    """Makes the directory and checks that files can be written into it.
+
+    Raises:
+        ConfigError: if that is not so.
+    """
+    path = pathlib.Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise configuration.ConfigError(
+            'workdir must be a directory that files can be written into, got'
+            f' {str(path)!r}: {error.strerror}.'
+        ) from error
+    return path
+
+
+def finished(path: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished run in ``path``, None if there is none.
+
+    Args:
+        path: the workdir of the run.
+        run: its settings, from :func:`configuration.of_run`.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        ConfigError: if the run there had other settings.
+    """
+    file = path / RESULT
+    if not file.exists():
+        return None
+    try:
+        result = json.loads(file.read_text())
+        settings = result['config']
+    except (ValueError, KeyError, TypeError) as error:
+        raise configuration.ConfigError(
+            f'{file} is no result of a run ({error!r}). Move it away.'
+        ) from error
+    # Through JSON, so that both sides went the same way.
+    differs = configuration.differences(settings, json.loads(json.dumps(run)))
+    if differs:
+        raise configuration.ConfigError(
+            f'{path} holds a finished run with other settings:\n  '
+            + '\n  '.join(differs)
+            + '\nGive another workdir, or remove this one to run it again.'
+        )
+    return result
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes a JSON file that is either the old one or complete."""
+    # The name of a temporary file is private to its writer; the mode is not.
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        with temporary.open('w') as file:
+            json.dump(jsonable(content), file, indent=1, allow_nan=False)
+            file.write('\n')
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values; numbers that are not finite, which JSON lacks, as null."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    if isinstance(value, np.ndarray | jax.Array):
+        return jsonable(np.asarray(value).tolist())
+    if isinstance(value, np.generic):
+        return jsonable(value.item())
+    if isinstance(value, float):
+        # Seven digits are what float32 has; more only make the files longer.
+        return float(f'{value:.7g}') if math.isfinite(value) else None
+    return value
+
+
+class Lines:
+    """A JSON-lines file that is appended to.
+
+    Args:
+        path: the file.
+        keep: how many of its first steps stay: lines of later ones, written by a
+            run that was then interrupted, are dropped.
+    """
+
+    def __init__(self, path: pathlib.Path, keep: int = 0):
+        old = [entry for entry in read_lines(path) if entry['step'] <= keep]
+        self.entries: list[dict[str, Any]] = old
+        path.write_text(''.join(json.dumps(entry) + '\n' for entry in old))
+        self._path = path
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Writes one line; ``entry['step']`` says up to which step it reaches."""
+        entry = jsonable(entry)
+        self.entries.append(entry)
+        with self._path.open('a') as file:
+            file.write(json.dumps(entry, allow_nan=False) + '\n')
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The entries of a JSON-lines file; a line that was cut short ends it."""
+    entries = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break
+    return entries
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for the record."""
+    device = jax.devices()[0]
+    packages = ('jax', 'jaxlib', 'flax', 'optax', 'numpy', 'vsam-jax')
+    return {
+        'versions': {
+            'python': platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        'device': {
+            'platform': device.platform,
+            'kind': device.device_kind,
+            'count': jax.device_count(),
+            'cpu_cores': len(os.sched_getaffinity(0)),
+            'machine': platform.machine(),
+        },
+    }
+
+
+def command() -> str:
+    """The command line of this process, without the interpreter's path."""
+    arguments = sys.orig_argv[1:]
+    if '-m' in arguments:
+        arguments = arguments[arguments.index('-m') :]
+    return shlex.join(['python', *arguments])
+
+
+def peak_memory() -> int:
+    """The most bytes used so far: of the device, of this process on the CPU."""
+    device = jax.devices()[0]
+    stats = device.memory_stats() if device.platform != 'cpu' else None
+    if stats and 'peak_bytes_in_use' in stats:
+        return int(stats['peak_bytes_in_use'])
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def summary(values: Iterable[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation and the values themselves."""
+    values = [float(value) for value in values]
+    return {
+        'mean': float(np.mean(values)),
+        'sd': float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        'values': values,
+    }
+
+
+def quartiles(values: Iterable[float]) -> dict[str, Any]:
+    """Median and quartiles."""
+    low, median, high = np.quantile(list(values), (0.25, 0.5, 0.75))
+    return {'median': float(median), 'low': float(low), 'high': float(high)}

@@ -1,0 +1,184 @@
+r"""Trains one network with one method and one seed.
+
+Use it so, ``--config.x=1`` overrides a field of the configuration:
+
+    python -m experiments.train --config=experiments/configs/digits.py \
+        --config.method=vsam --workdir=runs/vsam
+"""
+
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from experiments import configuration, progress, results
+from experiments.experiment import COLUMNS, Experiment, RunState
+
+
+def train(
+    config: Any,
+    workdir: str | os.PathLike,
+    *,
+    experiment: Experiment | None = None,
+    bar: progress.Bar | None = None,
+) -> dict[str, Any]:
+    """Runs a configuration, unless its result is there already.
+
+    Args:
+        config: the configuration, see :mod:`experiments.configuration`.
+        workdir: where the files of the run are written, see
+            :mod:`experiments.results`.
+        experiment: the compiled programs of another run that differs in nothing
+            but the seed; None makes new ones.
+        bar: what the steps are reported to; None shows a bar of its own.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        ConfigError: for settings that cannot be meant, a workdir that cannot be
+            written, or one that holds a finished run with other settings.
+    """
+    configuration.check(config)
+    path = results.open_workdir(workdir)
+    settings = configuration.of_run(config)
+    result = results.finished(path, settings)
+    if result is not None:
+        return result
+    if experiment is None:
+        experiment = Experiment(config)
+    if bar is None:
+        title = f'{config.name} {config.method} seed {config.seed}'
+        with progress.bar(experiment.num_steps, title) as shown:
+            measured = _run(experiment, config, path, shown)
+    else:
+        measured = _run(experiment, config, path, bar)
+    result = {
+        'name': config.name,
+        'method': config.method,
+        'model': config.model,
+        'seed': config.seed,
+        **measured,
+        'config': settings,
+        'command': results.command(),
+        **results.environment(),
+    }
+    results.write_json(path / results.RESULT, result)
+    return results.jsonable(result)
+
+
+def _run(
+    experiment: Experiment, config: Any, path: pathlib.Path, bar: progress.Bar
+) -> dict[str, Any]:
+    dataset = experiment.dataset.with_label_noise(config.label_noise, config.seed)
+    batch_of = functools.partial(experiment.batch, dataset.train)
+    state = experiment.init(config.seed)
+    experiment.compile(state, batch_of(experiment.epoch_order(config.seed, 0), 0))
+    log = results.Lines(path / results.LOG)
+    trace = results.Lines(path / results.TRACE)
+
+    start = time.perf_counter()
+    step = interval_start = 0
+    for epoch in range(config.epochs):
+        order = experiment.epoch_order(config.seed, epoch)
+        for index in range(experiment.steps_per_epoch):
+            state, _ = experiment.step(state, batch_of(order, index))
+            bar.advance()
+        step += experiment.steps_per_epoch
+        last = epoch + 1 == config.epochs
+        evaluates = last or (epoch + 1) % config.eval_every == 0
+        if not (evaluates or (epoch + 1) % config.log_every == 0):
+            continue
+        numbers = _read_record(state, interval_start, step)
+        seconds = time.perf_counter() - start
+        entry = {
+            'step': step,
+            'epoch': epoch + 1,
+            'seconds': seconds,
+            'images_per_second': (step - interval_start)
+            * experiment.batch_size
+            / seconds,
+            **{name: float(np.mean(values)) for name, values in numbers.items()},
+        }
+        if evaluates:
+            entry |= experiment.evaluate(state)
+            bar.note(_describe(entry))
+        trace.append({'step': step, **numbers})
+        log.append(entry)
+        interval_start, start = step, time.perf_counter()
+    return _measured(experiment, state, log.entries)
+
+
+def _read_record(state: RunState, start: int, end: int) -> dict[str, np.ndarray]:
+    """The columns of the steps from ``start`` to ``end``; waits for the last one."""
+    record = jax.device_get(state.record)
+    rows = record[np.arange(start, end) % len(record)]
+    return dict(zip(COLUMNS, rows.T, strict=True))
+
+
+def _describe(entry: dict[str, Any]) -> str:
+    text = (
+        f'epoch {entry["epoch"]} loss {entry["loss"]:.3f} validation'
+        f' {entry["validation_accuracy"]:.1%}'
+    )
+    if np.isfinite(entry['sampled']):
+        text += f' sampled {entry["sampled"]:.0%}'
+    return text
+
+
+def _measured(
+    experiment: Experiment, state: RunState, log: list[dict[str, Any]]
+) -> dict[str, Any]:
+    evaluations = [entry for entry in log if 'test_accuracy' in entry]
+    last = evaluations[-1]
+    best = max(evaluations, key=lambda entry: entry['validation_accuracy'])
+    seconds = sum(entry['seconds'] for entry in log)
+    steps = last['step']
+    counts = experiment.counts(state)
+    return {
+        'steps': steps,
+        'epochs': last['epoch'],
+        'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        # Of the last step; and of the evaluation that was best on validation.
+        'test_accuracy': last['test_accuracy'],
+        'validation_accuracy': last['validation_accuracy'],
+        'best': {
+            'epoch': best['epoch'],
+            'test_accuracy': best['test_accuracy'],
+            'validation_accuracy': best['validation_accuracy'],
+        },
+        'sampling_rate': counts['num_samples'] / steps,
+        **counts,
+        'train_seconds': seconds,
+        'step_seconds': seconds / steps,
+        'images_per_second': steps * experiment.batch_size / seconds,
+        'compile_seconds': experiment.compile_seconds,
+        'peak_memory_bytes': results.peak_memory(),
+        'log': log,
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs what the flags say."""
+    with configuration.usage(arguments):
+        result = train(flags.FLAGS.config, flags.FLAGS.workdir)
+    print(
+        f'{result["name"]} {result["method"]} seed {result["seed"]}:'
+        f' test accuracy {result["test_accuracy"]:.2%} after {result["steps"]} steps'
+        f' (best on validation: {result["best"]["test_accuracy"]:.2%}),'
+        f' {result["step_seconds"] * 1e3:.2f} ms per step,'
+        f' {result["images_per_second"]:,.0f} images/s,'
+        f' sampling rate {result["sampling_rate"]:.2f}'
+    )
+    print(f'written to {pathlib.Path(flags.FLAGS.workdir) / results.RESULT}')
+
+
+if __name__ == '__main__':
+    configuration.define_flags()
+    app.run(main)

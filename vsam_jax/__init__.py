@@ -1,28 +1,37 @@
 """Sharpness-aware training for JAX at nearly the price of SGD."""
 
-from vsam_jax import perturbation, reuse, sampling, statistics
+from vsam_jax import checkpoint, perturbation, reuse, sampling, statistics
+from vsam_jax._metrics import metrics
 from vsam_jax.dispatch import PlannedStep
-from vsam_jax.methods import STATIC_ARGS, asam, looksam, random_sam, sam, vsam
-from vsam_jax.state import VSAMState
+from vsam_jax.methods import asam, looksam, random_sam, sam, static_args, vsam
+from vsam_jax.nnx_step import PlannedNNXStep, make_nnx_train_step
+from vsam_jax.sharding import state_shardings
+from vsam_jax.state import VSAMState, find_state
 from vsam_jax.train_state import TrainState, make_train_step
 from vsam_jax.transform import sharpness_aware
 
 __version__ = '0.1.0'
 
 __all__ = [
-    'STATIC_ARGS',
+    'PlannedNNXStep',
     'PlannedStep',
     'TrainState',
     'VSAMState',
     'asam',
+    'checkpoint',
+    'find_state',
     'looksam',
+    'make_nnx_train_step',
     'make_train_step',
+    'metrics',
     'perturbation',
     'random_sam',
     'reuse',
     'sam',
     'sampling',
     'sharpness_aware',
+    'state_shardings',
+    'static_args',
     'statistics',
     'vsam',
 ]

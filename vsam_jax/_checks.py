@@ -28,7 +28,7 @@ def _reject_array(name: str, value: Any) -> None:
         raise TypeError(
             f'{name} must be a Python number that is known before tracing, got'
             f' {value!r}. Under optax.inject_hyperparams name it in static_args'
-            ' (vsam_jax.STATIC_ARGS lists all of them).'
+            ' (vsam_jax.static_args names all of them).'
         )
 
 

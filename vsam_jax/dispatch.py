@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
-from vsam_jax.state import VSAMState
+from vsam_jax.state import VSAMState, locate_state
 
 PyTree = Any
 T = TypeVar('T')
@@ -179,12 +179,16 @@ class PlannedStep:
         window.follow(output[0])
         return output
 
+    def _locate(self, state: Any) -> tuple[int, VSAMState]:
+        """The plan in ``state``, and which of its leaves is the step counter."""
+        return locate_state(state)
+
     def _current_window(self, state: Any) -> '_Window':
         window = self._window
         continues = window is not None and window.precedes(state)
         if window is not None and continues and window.taken < len(window.plan):
             return window
-        new = _Window.read(state)
+        new = _Window.read(*self._locate(state))
         self.num_reads += 1
         if window is not None and continues and new.step != window.next_step:
             raise RuntimeError(
@@ -232,9 +236,9 @@ class _Window:
         return self.step + self.taken
 
     @classmethod
-    def read(cls, state: Any) -> '_Window':
-        """Reads the plan of the window that ``state`` stands in; synchronises."""
-        leaf, vsam_state = _find_plan(state)
+    def read(cls, leaf: int, vsam_state: VSAMState) -> '_Window':
+        """Reads the plan of the window that the state stands in; synchronises."""
+        _check_plan(vsam_state)
         plan, position, step = jax.device_get(
             (vsam_state.plan, vsam_state.position, vsam_state.step)
         )
@@ -257,18 +261,8 @@ class _Window:
         self.taken += 1
 
 
-def _find_plan(state: Any) -> tuple[int, VSAMState]:
-    """The only VSAMState in ``state`` and the index of its first leaf."""
-    is_vsam = lambda node: isinstance(node, VSAMState)
-    nodes = jax.tree.leaves(state, is_leaf=is_vsam)
-    found = [i for i, node in enumerate(nodes) if is_vsam(node)]
-    if len(found) != 1:
-        raise ValueError(
-            'state must hold exactly one VSAMState, whose plan names the program to'
-            f' run, but it holds {len(found)}. Put one sharpness-aware'
-            ' transformation, outside optax.partition, into the optimizer.'
-        )
-    vsam_state: VSAMState = nodes[found[0]]
+def _check_plan(vsam_state: VSAMState) -> None:
+    """Raises unless the state holds one plan that the host can read."""
     shape = jnp.shape(vsam_state.plan)
     if len(shape) != 1:
         raise ValueError(
@@ -282,4 +276,3 @@ def _find_plan(state: Any) -> tuple[int, VSAMState]:
             ' the plan on the host. Inside jit, scan or vmap call train_step itself'
             ' with sample=None.'
         )
-    return len(jax.tree.leaves(nodes[: found[0]])), vsam_state

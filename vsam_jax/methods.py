@@ -11,6 +11,8 @@ method     where (perturbation)  when (sampling)   how (reuse)
 ========== ===================== ================= =========================
 """
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -25,30 +27,6 @@ from vsam_jax import (
     transform,
 )
 from vsam_jax.transform import Mask
-
-# Arguments that decide shapes and programs: name them in the static_args of
-# optax.inject_hyperparams, which would make traced arrays of them.
-STATIC_ARGS: tuple[str, ...] = (
-    'window',
-    'segments',
-    'warmup_steps',
-    'norm_gain',
-    'variance_gain',
-    'decay',
-    'reuse_steps',
-    'max_rate',
-    'stats_mask',
-    'perturb_mask',
-    'psf_dtype',
-    'seed',
-    'eta',
-    'every',
-    'gain',
-    'rate',
-    'reuse_psf',
-    'axis_name',
-    'per_device',
-)
 
 _MAX_SEED = 2**32 - 1
 
@@ -296,6 +274,7 @@ def asam(
     rho: Any = 0.5,
     *,
     eta: float = 0.0,
+    scale_mask: Mask | None = None,
     perturb_mask: Mask | None = None,
     axis_name: _collectives.AxisName = None,
     per_device: bool = False,
@@ -306,11 +285,17 @@ def asam(
       \text{direction} = ∇L(w + ε), \quad ε = ρ \, T^2 g / (‖T g‖_2 + 10^{-12}),
       \quad T = |w| + η
 
+    The default (η = 0, every tensor scaled) is the form of most libraries; an
+    element that is zero stays where it is. The authors' own form has η = 0.01
+    and T = 1 for biases, so that tensors which are all zero move too::
+
+      vsam_jax.asam(eta=0.01, scale_mask=vsam_jax.perturbation.all_but_biases)
+
     Args:
       rho: ρ, as in :func:`vsam`; about ten times that of SAM.
-      eta: η >= 0, see :func:`vsam_jax.perturbation.elementwise_ascent`. The
-        authors' own form (η = 0.01 for weights, T = 1 for biases) also moves
-        tensors that are all zero; the default is the form of most libraries.
+      eta: η >= 0.
+      scale_mask: which tensors have T = |w| + η; the others have T = 1. A mask
+        in the convention of :func:`vsam`. None scales all.
       perturb_mask: which tensors are perturbed, as in :func:`vsam`.
       axis_name: the mapped axis over which to average, as in :func:`vsam`.
       per_device: whether each device has its own perturbation, as in
@@ -335,7 +320,7 @@ def asam(
       -2.20
     """
     return transform.sharpness_aware(
-        perturbation.elementwise_ascent(_checks.real('eta', eta)),
+        perturbation.elementwise_ascent(_checks.real('eta', eta), scale_mask),
         sampling.Periodic(1),
         reuse.NoReuse(),
         rho,
@@ -362,7 +347,7 @@ def looksam(
 
     Args:
       rho: ρ, as in :func:`vsam`.
-      every: k >= 1; 1 is SAM.
+      every: k >= 1; 1 is SAM, and stores nothing.
       gain: α >= 0.
       perturb_mask: which tensors are perturbed, as in :func:`vsam`.
       psf_dtype: dtype in which g_v / ‖g_v‖ is stored, as in :func:`vsam`.
@@ -390,10 +375,12 @@ def looksam(
       >>> print(int(opt_state[0].num_samples))
       3
     """
+    every = _checks.integer('every', every, low=1, high=2**20)
+    rule = reuse.RescaledOrthogonal(_checks.real('gain', gain))
     return transform.sharpness_aware(
         perturbation.l2_ascent,
-        sampling.Periodic(_checks.integer('every', every, low=1, high=2**20)),
-        reuse.RescaledOrthogonal(_checks.real('gain', gain)),
+        sampling.Periodic(every),
+        reuse.NoReuse() if every == 1 else rule,
         rho,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
@@ -460,3 +447,27 @@ def random_sam(
         axis_name=axis_name,
         per_device=per_device,
     )
+
+
+def static_args(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of a method that :func:`optax.inject_hyperparams` must not trace.
+
+    All but ρ: they decide shapes, programs and masks.
+
+    Args:
+      method: one of the methods above, or any function whose only argument that
+        may change over training is called ``rho``.
+
+    Returns:
+      The names, for the argument ``static_args`` of ``inject_hyperparams``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, vsam_jax
+      >>> method = optax.inject_hyperparams(
+      ...     vsam_jax.vsam, static_args=vsam_jax.static_args(vsam_jax.vsam))
+      >>> tx = optax.chain(method(rho=0.05), optax.sgd(0.1))
+      >>> opt_state = optax.tree.set(tx.init(jnp.ones(2)), rho=jnp.array(0.1))
+      >>> print(optax.tree.get(opt_state, 'rho'))
+      0.1
+    """
+    return tuple(name for name in inspect.signature(method).parameters if name != 'rho')

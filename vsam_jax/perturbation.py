@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vsam_jax import _numerics
+from vsam_jax import _checks, _numerics
 
 PyTree = Any
 Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree]
@@ -49,7 +49,9 @@ def l2_ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
     return jax.tree.map(lambda g: scale * _numerics.widen(g), grads)
 
 
-def elementwise_ascent(eta: float = 0.0) -> Perturbation:
+def elementwise_ascent(
+    eta: float = 0.0, scale_mask: PyTree | Callable[[PyTree], PyTree] | None = None
+) -> Perturbation:
     r"""ASAM's perturbation: the ball is scaled with the size of each weight.
 
     .. math:: ε = ρ \, T^2 g / (‖T g‖_2 + 10^{-12}), \quad T = |w| + η
@@ -57,6 +59,10 @@ def elementwise_ascent(eta: float = 0.0) -> Perturbation:
     Args:
       eta: η >= 0. At 0 (most libraries' form) an element that is zero stays where
         it is; the authors of ASAM add 0.01 to weights.
+      scale_mask: which tensors are scaled; the others have T = 1. A tree of
+        booleans like the parameters (or a prefix), or a callable that makes one
+        of them, such as :func:`all_but_biases` (the authors' choice). None
+        scales all.
 
     Returns:
       A perturbation.
@@ -73,14 +79,41 @@ def elementwise_ascent(eta: float = 0.0) -> Perturbation:
       >>> print(perturbation.elementwise_ascent()(g, w, 0.5))
       [1. 0.]
     """
+    scale_mask = _checks.mask('scale_mask', scale_mask)
+
+    def scale_of(w: jax.Array, scaled: bool) -> jax.Array:
+        w = _numerics.widen(w)
+        return jnp.abs(w) + eta if scaled else jnp.ones_like(w)
 
     def ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
-        scales = jax.tree.map(lambda w: jnp.abs(_numerics.widen(w)) + eta, params)
+        flags = _checks.resolve_mask('scale_mask', scale_mask, params)
+        if flags is None:
+            flags = jax.tree.map(lambda _: True, params)
+        scales = jax.tree.map(scale_of, params, flags)
         scaled = jax.tree.map(lambda t, g: t * _numerics.widen(g), scales, grads)
         ascent_of_scaled = l2_ascent(scaled, scaled, rho)
         return jax.tree.map(lambda t, e: t * e, scales, ascent_of_scaled)
 
     return ascent
+
+
+def all_but_biases(params: PyTree) -> PyTree:
+    """A mask of the tensors that are not called ``bias``, as Flax calls them.
+
+    Args:
+      params: a tree with names (of dicts, of attributes).
+
+    Returns:
+      A tree of booleans like ``params``.
+
+    Example:
+      >>> from vsam_jax import perturbation
+      >>> print(perturbation.all_but_biases({'Dense': {'bias': 0.0, 'kernel': 1.0}}))
+      {'Dense': {'bias': False, 'kernel': True}}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) != 'bias', params
+    )
 
 
 def perturb(

@@ -134,7 +134,8 @@ class RescaledOrthogonal:
 
     On a sampled step g_SAM = κ g + g_v with κ = ⟨g_SAM, g⟩ / ‖g‖² and g_v ⊥ g. The
     memory is m = g_v / ‖g_v‖ and the direction κ g + ‖g_v‖ m. Between samples
-    g_v is scaled with the fresh gradient: g + α ‖g‖ m.
+    g_v is scaled with the fresh gradient: g + α ‖g‖ m. A g_v that is no longer
+    than the rounding error of g_SAM counts as zero, and so does its m.
 
     Attributes:
       gain: α.
@@ -155,12 +156,16 @@ class RescaledOrthogonal:
         g = jax.tree.map(_numerics.widen, grads)
         g_sam = jax.tree.map(_numerics.widen, sam_grads)
         squared = optax.tree.norm(g, squared=True)
-        kappa = jnp.asarray(optax.tree.vdot(g, g_sam)) / jnp.where(
-            squared == 0, 1, squared
-        )
+        # Not optax.tree.vdot, whose reshapes fail on explicitly sharded arrays.
+        inner = jnp.asarray(optax.tree.sum(optax.tree.mul(g, g_sam)))
+        kappa = inner / jnp.where(squared == 0, 1, squared)
         orthogonal = optax.tree.add_scale(g_sam, -kappa, g)
         norm = optax.tree.norm(orthogonal)
-        unit = optax.tree.scale(1 / jnp.where(norm == 0, 1, norm), orthogonal)
+        # Scaled to length one, rounding errors would become a direction of their
+        # own: in one dimension, or on a quadratic bowl, there is nothing else.
+        noise = 8 * jnp.finfo(norm.dtype).eps * optax.tree.norm(g_sam)
+        inverse = jnp.where(norm <= noise, 0, 1 / jnp.where(norm == 0, 1, norm))
+        unit = optax.tree.scale(inverse, orthogonal)
         return optax.tree.cast_like(unit, memory), (kappa, norm)
 
     def recall(

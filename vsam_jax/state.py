@@ -1,4 +1,4 @@
-"""The state of a sharpness-aware transformation."""
+"""The state of a sharpness-aware transformation, and how to find it."""
 
 from typing import Any, NamedTuple
 
@@ -48,3 +48,38 @@ class VSAMState(NamedTuple):
     sampled: jax.Array
     num_samples: jax.Array
     num_rejected: jax.Array
+
+
+def find_state(tree: Any) -> VSAMState:
+    """The only :class:`VSAMState` inside any state: chained, wrapped, a train state.
+
+    Args:
+      tree: a pytree with exactly one ``VSAMState`` in it.
+
+    Returns:
+      That state.
+
+    Raises:
+      ValueError: if ``tree`` holds none or several.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, vsam_jax
+      >>> tx = optax.chain(vsam_jax.vsam(), optax.sgd(0.1))
+      >>> print(vsam_jax.find_state(tx.init(jnp.ones(2))).step)
+      0
+    """
+    return locate_state(tree)[1]
+
+
+def locate_state(tree: Any) -> tuple[int, VSAMState]:
+    """Like :func:`find_state`; also the index of its first leaf among all leaves."""
+    is_state = lambda node: isinstance(node, VSAMState)
+    nodes = jax.tree.leaves(tree, is_leaf=is_state)
+    found = [i for i, node in enumerate(nodes) if is_state(node)]
+    if len(found) != 1:
+        raise ValueError(
+            'state must hold exactly one VSAMState, which holds plan and statistics,'
+            f' but it holds {len(found)}. Put one sharpness-aware transformation,'
+            ' outside optax.partition, into the optimizer.'
+        )
+    return len(jax.tree.leaves(nodes[: found[0]])), nodes[found[0]]

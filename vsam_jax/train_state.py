@@ -2,7 +2,8 @@
 
 What is easy to get wrong by hand is right by construction here: the second pass
 sees the same mini-batch and the same dropout mask as the first one, BatchNorm runs
-in training mode in both, and its running statistics come from the first alone.
+in training mode in both, and its running statistics come from the first alone. An
+overflow of a scaled loss skips the update and leaves no trace.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.training import train_state as flax_train_state
+from flax.training.dynamic_scale import DynamicScale
+
+from vsam_jax import _passes
+from vsam_jax.state import VSAMState
 
 PyTree = Any
 
@@ -24,10 +29,13 @@ class TrainState(flax_train_state.TrainState):
             collections that the forward pass updates; ``{}`` where there are none.
         dropout_key: a PRNG key; every step folds its number into it. None where the
             model draws no random numbers.
+        dynamic_scale: flax's dynamic loss scale, for computing in float16; None
+            where the loss is not scaled. See :func:`make_train_step`.
     """
 
     batch_stats: Any
     dropout_key: jax.Array | None
+    dynamic_scale: DynamicScale | None
 
     @classmethod
     def create(
@@ -38,6 +46,7 @@ class TrainState(flax_train_state.TrainState):
         tx: optax.GradientTransformation,
         batch_stats: PyTree | None = None,
         dropout_key: jax.Array | None = None,
+        dynamic_scale: DynamicScale | None = None,
         **kwargs: Any,
     ) -> Self:
         """Makes the state of step 0.
@@ -48,20 +57,27 @@ class TrainState(flax_train_state.TrainState):
             tx: the optimizer, such as ``chain(vsam(...), sgd(...))``.
             batch_stats: see the class; None means ``{}``.
             dropout_key: see the class.
+            dynamic_scale: see the class.
             **kwargs: further fields of a subclass.
 
         Returns:
             A new state whose buffers may be donated.
         """
+        if dynamic_scale is not None:
+            # Arrays from the start: Python numbers would compile the step twice.
+            dynamic_scale = dynamic_scale.replace(
+                fin_steps=jnp.asarray(dynamic_scale.fin_steps, jnp.int32),
+                scale=jnp.asarray(dynamic_scale.scale, jnp.float32),
+            )
         state = super().create(
             apply_fn=apply_fn,
             params=params,
             tx=tx,
             batch_stats={} if batch_stats is None else batch_stats,
             dropout_key=dropout_key,
+            dynamic_scale=dynamic_scale,
             **kwargs,
         )
-        # An array from the start: a Python 0 would compile the step twice.
         return state.replace(step=jnp.zeros((), jnp.int32))
 
     def apply_gradients(
@@ -107,6 +123,8 @@ class LossFn(Protocol):
 
 def make_train_step(
     loss_fn: LossFn,
+    *,
+    num_micro_batches: int = 1,
 ) -> Callable[..., tuple[TrainState, Any]]:
     """Builds the training step of a loss that is written once.
 
@@ -115,6 +133,13 @@ def make_train_step(
             training mode on one mini-batch and returns the scalar loss and a pair:
             the updated ``batch_stats`` and anything that the caller of the step
             wants back. ``key`` is for dropout, None if the state has no key.
+        num_micro_batches: gradient accumulation: each of the two passes goes through
+            the mini-batch in this many equal parts, one after the other, and takes
+            the mean of their gradients. There is one update, and at most one second
+            gradient of the whole mini-batch. BatchNorm sees one part at a time, each
+            part has a dropout mask of its own (the same in both passes), and
+            ``aux`` gets a leading axis over the parts. The loop is unrolled on the
+            CPU, where XLA has no fast convolution gradients inside loops.
 
     Returns:
         ``train_step(state, batch, *, sample=None) -> (state, aux)``, pure and not
@@ -122,6 +147,11 @@ def make_train_step(
         :class:`vsam_jax.PlannedStep`, or jit it as it is for a traced step. It
         works with any optax optimizer; one that takes no second gradient never
         calls for it.
+
+        Where the state has a ``dynamic_scale`` both passes scale the loss with it.
+        If one of the two gradients is not finite, parameters, ``batch_stats`` and
+        the base optimizer's state stay as they are, the scale is lowered, and the
+        sharpness-aware state advances without a trace of that gradient.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, vsam_jax
@@ -150,6 +180,7 @@ def make_train_step(
         >>> int(state.step), metrics['loss'].shape
         (3, ())
     """
+    num_micro_batches = _passes.micro_batches(num_micro_batches)
 
     def train_step(
         state: TrainState, batch: Any, *, sample: Any = None
@@ -157,16 +188,63 @@ def make_train_step(
         key = state.dropout_key
         if key is not None:
             key = jax.random.fold_in(key, state.step)
-        gradient = jax.grad(loss_fn, has_aux=True)
-        grads, (batch_stats, aux) = gradient(
-            state.params, state.batch_stats, batch, key
+        passes = _passes.two_passes(
+            loss_fn,
+            state.params,
+            state.batch_stats,
+            batch,
+            key,
+            num_micro_batches=num_micro_batches,
+            dynamic_scale=state.dynamic_scale,
         )
         new_state = state.apply_gradients(
-            grads=grads,
-            grad_fn=lambda p: gradient(p, state.batch_stats, batch, key)[0],
+            grads=passes.grads,
+            grad_fn=passes.grad_fn,
             sample=sample,
-            batch_stats=batch_stats,
+            batch_stats=passes.collections,
         )
-        return new_state, aux
+        if state.dynamic_scale is not None:
+            new_state = _skip_overflow(state, new_state, passes.grads)
+        return new_state, passes.aux
 
     return train_step
+
+
+def _skip_overflow(old: TrainState, new: TrainState, grads: PyTree) -> TrainState:
+    """Takes back the update if it was made from a gradient that is not finite."""
+    finite = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
+    # The direction itself does not tell: the sign of an infinity is finite.
+    finite &= _num_rejected(new.opt_state) == _num_rejected(old.opt_state)
+
+    def keep(new_leaf: Any, old_leaf: Any) -> Any:
+        if isinstance(new_leaf, VSAMState):
+            return new_leaf  # It knows what to reject, and has to advance.
+        return jnp.where(finite, new_leaf, old_leaf)
+
+    params, batch_stats, opt_state = jax.tree.map(
+        keep,
+        (new.params, new.batch_stats, new.opt_state),
+        (old.params, old.batch_stats, old.opt_state),
+        is_leaf=_is_vsam_state,
+    )
+    return new.replace(
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        dynamic_scale=_next_scale(old.dynamic_scale, finite),
+    )
+
+
+def _is_vsam_state(node: Any) -> bool:
+    return isinstance(node, VSAMState)
+
+
+def _num_rejected(opt_state: PyTree) -> jax.Array | int:
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_vsam_state)
+    return sum(node.num_rejected for node in nodes if _is_vsam_state(node))
+
+
+def _next_scale(dynamic_scale: Any, finite: jax.Array) -> DynamicScale:
+    """The loss scale after a step; flax has its rule inside ``value_and_grad``."""
+    outcome = lambda x: x * jnp.where(finite, 1, jnp.nan)
+    return dynamic_scale.value_and_grad(outcome)(jnp.ones(())).dynamic_scale

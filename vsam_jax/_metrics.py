@@ -1,0 +1,67 @@
+"""What a training loop logs of a sharpness-aware optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vsam_jax.state import VSAMState, find_state
+
+
+def metrics(state: Any) -> dict[str, jax.Array]:
+    """Reads from any optimizer state how the sharpness-aware part of it does.
+
+    Call it inside a training step, to return the result with the other metrics, or
+    outside, whenever something is logged. The result holds arrays of its own: they
+    stay readable when ``state`` is donated to the next step, and nothing waits for
+    the device before a value is asked for.
+
+    Args:
+      state: anything with exactly one :class:`vsam_jax.VSAMState` in it: the state
+        of a chain, of a wrapper, a train state, an ``nnx.Optimizer``.
+
+    Returns:
+      Scalars by name (or stacked ones, where the state is stacked):
+
+      - ``sampling_rate``: the share of updates so far that took a second gradient.
+      - ``budget``: b, how many steps of the current window are sampled (⌊b⌋).
+      - ``sampled``: whether the latest update took a second gradient.
+      - ``grad_norm``, ``psf_norm``: ‖g‖ and ‖s‖ of the latest usable sample.
+      - ``psf_age``: how many updates ago that was.
+      - ``num_samples``: how many updates took a second gradient.
+      - ``num_rejected``: how many of those were not finite, and were skipped.
+
+    Raises:
+      ValueError: if ``state`` holds no ``VSAMState`` or several.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, vsam_jax
+      >>> tx = optax.chain(vsam_jax.looksam(every=2), optax.sgd(0.1))
+      >>> w, loss = jnp.ones(4), lambda w: jnp.sum(w**2)
+      >>> opt_state = tx.init(w)
+      >>> for _ in range(8):
+      ...   updates, opt_state = tx.update(
+      ...       jax.grad(loss)(w), opt_state, w, grad_fn=jax.grad(loss))
+      >>> log = vsam_jax.metrics(opt_state)
+      >>> print(f"{log['sampling_rate']:.2f} {log['grad_norm']:.1f}")
+      0.50 4.0
+    """
+    return _read(nnx.as_pure(find_state(state)._replace(psf=None, rings=None)))
+
+
+@jax.jit
+def _read(state: VSAMState) -> dict[str, jax.Array]:
+    # jit would hand an argument on as it is: without the copies a result could be
+    # a buffer of the state, gone with its donation.
+    return {
+        'sampling_rate': state.num_samples.astype(state.budget.dtype)
+        / jnp.maximum(state.step, 1),
+        'budget': jnp.copy(state.budget),
+        'sampled': jnp.copy(state.sampled),
+        'grad_norm': jnp.copy(state.grad_norm),
+        'psf_norm': jnp.copy(state.psf_norm),
+        'psf_age': jnp.copy(state.age),
+        'num_samples': jnp.copy(state.num_samples),
+        'num_rejected': jnp.copy(state.num_rejected),
+    }

@@ -1,0 +1,129 @@
+"""The two passes over one mini-batch, for models that carry more than parameters.
+
+The second pass sees what the first one saw: the same mini-batch, the same random
+numbers, the running statistics as they were before. What it does to those
+statistics is thrown away.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.dynamic_scale import DynamicScale
+
+from vsam_jax import _checks, _numerics
+
+PyTree = Any
+# (params, collections, batch, key) -> (loss, (collections, aux))
+LossFn = Callable[..., tuple[jax.Array, tuple[PyTree, Any]]]
+# The same arguments -> (grads, (collections, aux))
+Gradient = Callable[..., tuple[PyTree, tuple[PyTree, Any]]]
+
+
+class Passes(NamedTuple):
+    """What the first pass gave, and the function that takes the second one.
+
+    Attributes:
+        grads: the gradient.
+        collections: whatever the forward pass updates, such as running statistics.
+        aux: anything else that the loss function returned.
+        grad_fn: maps parameters to the gradient of the same mini-batch.
+    """
+
+    grads: PyTree
+    collections: PyTree
+    aux: Any
+    grad_fn: Callable[[PyTree], PyTree]
+
+
+def two_passes(
+    loss_fn: LossFn,
+    params: PyTree,
+    collections: PyTree,
+    batch: Any,
+    key: jax.Array | None,
+    *,
+    num_micro_batches: int = 1,
+    dynamic_scale: DynamicScale | None = None,
+) -> Passes:
+    """Takes the first pass and prepares the second.
+
+    Args:
+        loss_fn: ``(params, collections, batch, key) -> (loss, (collections, aux))``.
+        params: where the first gradient is taken.
+        collections: see :class:`Passes`.
+        batch: the mini-batch, arrays with a leading axis of examples.
+        key: for random numbers, or None.
+        num_micro_batches: into how many parts each pass cuts the mini-batch.
+        dynamic_scale: a loss scale for both passes, or None.
+
+    Returns:
+        See :class:`Passes`; ``aux`` has a leading axis over the micro-batches where
+        there are several.
+    """
+    gradient = _gradient(loss_fn, dynamic_scale)
+    if num_micro_batches > 1:
+        gradient = _accumulated(gradient, num_micro_batches)
+    grads, (new_collections, aux) = gradient(params, collections, batch, key)
+    return Passes(
+        grads=grads,
+        collections=new_collections,
+        aux=aux,
+        grad_fn=lambda p: gradient(p, collections, batch, key)[0],
+    )
+
+
+def micro_batches(num_micro_batches: Any) -> int:
+    """Checks the argument of that name."""
+    return _checks.integer('num_micro_batches', num_micro_batches, low=1)
+
+
+def _gradient(loss_fn: LossFn, dynamic_scale: DynamicScale | None) -> Gradient:
+    if dynamic_scale is None:
+        return jax.grad(loss_fn, has_aux=True)
+    scaled = dynamic_scale.value_and_grad(loss_fn, has_aux=True)
+
+    def gradient(*args: Any) -> tuple[PyTree, tuple[PyTree, Any]]:
+        result = scaled(*args)
+        return result.grad, result.aux[1]
+
+    return gradient
+
+
+def _accumulated(gradient: Gradient, num_micro_batches: int) -> Gradient:
+    """The mean gradient over micro-batches, one after the other."""
+
+    def split(x: jax.Array) -> jax.Array:
+        if not jnp.shape(x) or x.shape[0] % num_micro_batches:
+            raise ValueError(
+                'num_micro_batches must divide the leading axis of every array of the'
+                f' mini-batch, got num_micro_batches={num_micro_batches} for an array'
+                f' of shape {jnp.shape(x)}.'
+            )
+        return x.reshape(num_micro_batches, -1, *x.shape[1:])
+
+    def accumulated(
+        params: PyTree, collections: PyTree, batch: Any, key: jax.Array | None
+    ) -> tuple[PyTree, tuple[PyTree, Any]]:
+        def add(carry: Any, micro_batch: Any) -> tuple[Any, Any]:
+            total, collections = carry
+            index, batch = micro_batch
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            grads, (collections, aux) = gradient(params, collections, batch, micro_key)
+            total = jax.tree.map(lambda t, g: t + _numerics.widen(g), total, grads)
+            return (total, collections), aux
+
+        zeros = optax.tree.zeros_like(jax.tree.map(_numerics.widen, params))
+        (total, collections), aux = jax.lax.scan(
+            add,
+            (zeros, collections),
+            (jnp.arange(num_micro_batches), jax.tree.map(split, batch)),
+            # XLA's CPU backend has fast convolution gradients outside loops alone.
+            unroll=jax.default_backend() == 'cpu',
+        )
+        mean = optax.tree.scale(1 / num_micro_batches, total)
+        return optax.tree.cast_like(mean, params), (collections, aux)
+
+    return accumulated

@@ -1,0 +1,238 @@
+"""Planned and traced runs, and the driver that follows a plan on the host."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vsam_jax
+from tests import problems
+from vsam_jax import dispatch
+
+WINDOW = 6
+
+
+def optimizer(seed=0, **kwargs):
+    return optax.chain(
+        vsam_jax.vsam(
+            0.1,
+            window=WINDOW,
+            segments=3,
+            warmup_steps=8,
+            norm_gain=1.5,
+            variance_gain=1.5,
+            seed=seed,
+            **kwargs,
+        ),
+        optax.add_decayed_weights(1e-3),
+        optax.sgd(0.1, momentum=0.9),
+    )
+
+
+def start(tx, dtype=jnp.float32):
+    params = problems.mlp_params(dtype=dtype)
+    return params, tx.init(params)
+
+
+def assert_trees_equal(a, b, atol=0.0):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+
+
+@pytest.fixture
+def batches():
+    return problems.mlp_batches(40)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('seed', [0, 1])
+def test_planned_and_traced_give_the_same_run(seed):
+    batches = problems.mlp_batches(60, dtype=jnp.float64)
+    tx = optimizer(seed)
+    traced_step = jax.jit(problems.make_step(tx))
+    planned_step = vsam_jax.PlannedStep(problems.make_step(tx))
+    traced, planned = start(tx, jnp.float64), start(tx, jnp.float64)
+    for batch in batches:
+        traced, _ = traced_step(traced, batch)
+        planned, _ = planned_step(planned, batch)
+        assert_trees_equal(traced, planned, atol=1e-12)
+        np.testing.assert_array_equal(traced[1][0].plan, planned[1][0].plan)
+    assert float(planned[1][0].budget) > 1
+    assert 14 < int(planned[1][0].num_samples) < 40
+
+
+def test_another_seed_gives_another_plan():
+    w = jnp.ones(2)
+    plans = [vsam_jax.vsam(warmup_steps=0, seed=s).init(w).plan for s in range(3)]
+    assert len({tuple(np.asarray(plan)) for plan in plans}) > 1
+
+
+def conditionals(compiled) -> int:
+    return compiled.as_text().count(' conditional(')
+
+
+def test_planned_programs_hold_no_conditional_and_the_traced_one_does(batches):
+    tx = optimizer()
+    train_step = problems.make_step(tx)
+    driver = vsam_jax.PlannedStep(train_step)
+    state = start(tx)
+    counts = {
+        sample: conditionals(driver.program(sample).lower(state, batches[0]).compile())
+        for sample in (True, False)
+    }
+    assert counts == {True: 0, False: 0}
+    traced = jax.jit(train_step).lower(state, batches[0]).compile()
+    assert conditionals(traced) > 0
+    told = lambda state, batch, sample: train_step(state, batch, sample=sample)
+    told = jax.jit(told).lower(state, batches[0], jnp.array(True)).compile()
+    assert conditionals(told) > 0
+
+
+def test_the_reuse_program_evaluates_one_gradient_and_the_sampled_one_two():
+    calls = []
+
+    def loss(params, batch):
+        calls.append(1)
+        return problems.mlp_loss(params, batch)
+
+    tx = optimizer()
+    driver = vsam_jax.PlannedStep(problems.make_step(tx, loss))
+    state, batch = start(tx), problems.mlp_batches(1)[0]
+    for sample, expected in ((True, 2), (False, 1)):
+        calls.clear()
+        driver.program(sample).lower(state, batch)
+        assert len(calls) == expected
+
+
+def test_the_plan_is_read_once_a_window(batches, monkeypatch):
+    tx = optimizer()
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    state = start(tx)
+    fetched = []
+    get = jax.device_get
+    monkeypatch.setattr(
+        dispatch.jax, 'device_get', lambda x: fetched.append(x) or get(x)
+    )
+    reads_at = []
+    for i, batch in enumerate(batches):
+        before = driver.num_reads
+        state, _ = driver(state, batch)
+        if driver.num_reads > before:
+            reads_at.append(i)
+    # Warm-up is 8 steps: its first window is cut to 2, then every 6th step.
+    assert reads_at == [0, *range(2, 40, WINDOW)]
+    assert len(fetched) == driver.num_reads == len(reads_at)
+
+
+def test_a_state_restored_in_the_middle_of_a_window_runs_on_as_planned(batches):
+    tx = optimizer()
+    train_step = problems.make_step(tx)
+    whole = vsam_jax.PlannedStep(train_step, donate_state=False)
+    state = start(tx)
+    for i, batch in enumerate(batches):
+        if i == 17:
+            saved = jax.tree.map(np.asarray, state)
+        state, _ = whole(state, batch)
+    end = state
+    # A fresh driver, and one that is in the middle of something else.
+    for driver in (vsam_jax.PlannedStep(train_step), whole):
+        state = jax.tree.map(jnp.asarray, saved)
+        for batch in batches[17:]:
+            state, _ = driver(state, batch)
+        assert_trees_equal(state, end)
+
+
+def test_two_runs_may_share_a_driver(batches):
+    tx = optimizer()
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    alone = start(tx)
+    for batch in batches[:20]:
+        alone, _ = driver(alone, batch)
+    a, b = start(tx), (problems.mlp_params(5), tx.init(problems.mlp_params(5)))
+    for batch in batches[:20]:
+        a, _ = driver(a, batch)
+        b, _ = driver(b, batch)
+    assert_trees_equal(a, alone)
+
+
+def test_buffers_are_donated_unless_asked_not_to(batches):
+    tx = optimizer()
+    for donate in (True, False):
+        driver = vsam_jax.PlannedStep(problems.make_step(tx), donate_state=donate)
+        state = start(tx)
+        driver(state, batches[0])
+        assert state[0][0].is_deleted() is donate
+
+
+def test_an_outside_decision_overrides_one_step_and_the_plan_goes_on(batches):
+    tx = optimizer()
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    state = start(tx)
+    state, _ = driver(state, batches[0], sample=False)
+    assert not state[1][0].sampled
+    for batch in batches[1:12]:
+        state, _ = driver(state, batch)
+    assert int(state[1][0].step) == 12
+
+
+def test_drift_between_host_and_state_is_an_error_at_the_next_window(batches):
+    tx = optimizer()
+    train_step = problems.make_step(tx)
+
+    def freezing_step(state, batch, *, sample=None):
+        new_state, loss = train_step(state, batch, sample=sample)
+        # A guard around the whole optimizer, which the contract forbids.
+        bad = state[1][0].step == 3
+        frozen = jax.tree.map(
+            lambda new, old: jnp.where(bad, old, new), new_state, state
+        )
+        return frozen, loss
+
+    driver = vsam_jax.PlannedStep(freezing_step)
+    state = start(tx)
+    for batch in batches[:8]:
+        state, _ = driver(state, batch)
+    with pytest.raises(RuntimeError, match=r'at step 3 of vsam, but 8 is'):
+        driver(state, batches[8])
+
+
+def test_a_state_without_a_plan_or_with_several_is_an_error(batches):
+    tx = optimizer()
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    params, opt_state = start(tx)
+    plain = (params, optax.sgd(0.1).init(params))
+    with pytest.raises(ValueError, match=r'exactly one VSAMState.*holds 0'):
+        driver(plain, batches[0])
+    with pytest.raises(ValueError, match=r'exactly one VSAMState.*holds 2'):
+        driver((params, (opt_state, opt_state)), batches[0])
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), (params, opt_state))
+    with pytest.raises(ValueError, match=r'one plan.*shape \(2, 6\)'):
+        driver(stacked, batches[0])
+
+
+def test_a_driver_inside_jit_is_an_error(batches):
+    tx = optimizer()
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    with pytest.raises(TypeError, match='concrete arrays'):
+        jax.jit(lambda state: driver(state, batches[0]))(start(tx))
+
+
+def test_wrong_train_steps_are_errors(batches):
+    with pytest.raises(TypeError, match='train_step must be a function'):
+        vsam_jax.PlannedStep(3)  # pyright: ignore[reportArgumentType]
+    tx = optimizer()
+    driver = vsam_jax.PlannedStep(lambda state, batch, *, sample: [state, sample])
+    with pytest.raises(TypeError, match=r'must return a pair.*got list'):
+        driver(start(tx), batches[0])
+
+
+def test_an_exception_in_a_step_leaves_the_driver_usable(batches):
+    tx = optimizer()
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    state = start(tx)
+    state, _ = driver(state, batches[0])
+    with pytest.raises(TypeError):
+        driver(state, 'no batch')
+    for batch in batches[1:12]:
+        state, _ = driver(state, batch)
+    assert int(state[1][0].step) == 12

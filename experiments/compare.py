@@ -11,7 +11,7 @@ the validation examples with seeds of their own.
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -223,7 +223,7 @@ def tune(
     workdir: str | os.PathLike,
     *,
     seeds: Sequence[int],
-    grid: Sequence[tuple[str, str, Sequence[Any]]],
+    grid: Sequence[tuple[str, str, Sequence[Any], Mapping[str, Any]]],
 ) -> dict[str, Any]:
     """Tries settings of each method; the validation examples are the judge.
 
@@ -232,7 +232,7 @@ def tune(
         workdir: where the runs and ``tuning.json`` are written.
         seeds: the seeds of each setting, none of them one that is reported.
         grid: methods, each with one field of the configuration (by its dotted
-            path) and the values to try for it.
+            path), the values to try for it, and what else to change meanwhile.
 
     Returns:
         The content of ``tuning.json``.
@@ -245,37 +245,45 @@ def tune(
             f' {sorted(shared)}.'
         )
     dataset = data.load(config.data)
-    trials = [
-        (method, field, value) for method, field, values in grid for value in values
-    ]
     tried: dict[str, list[dict[str, Any]]] = {}
-    with progress.bar(len(trials) * len(seeds), f'{config.name} tuning') as bar:
-        for method, field, value in trials:
-            setting = configuration.with_values(
-                config, {'method': method, field: value}
-            )
-            experiment = None
-            accuracies, rates = [], []
-            for seed in seeds:
-                run = configuration.with_values(setting, {'seed': seed})
-                if experiment is None:
-                    experiment = Experiment(run, dataset)
-                result = train(
-                    run,
-                    path / method / f'{field}={value}' / f'seed{seed}',
-                    experiment=experiment,
-                    bar=progress.Bar(),
+    total = sum(len(values) for _, _, values, _ in grid) * len(seeds)
+    with progress.bar(total, f'{config.name} tuning') as bar:
+        for method, field, values, others in grid:
+            name = f'{method}: {field}'
+            for other, value in dict(others).items():
+                name += f', {other}={value}'
+            tried[name] = []
+            for value in values:
+                setting = configuration.with_values(
+                    config, {'method': method, **dict(others), field: value}
                 )
-                accuracies.append(result['validation_accuracy'])
-                rates.append(result['sampling_rate'])
-                bar.advance()
-            trial = {
-                'value': value,
-                'validation_accuracy': results.summary(accuracies),
-                'sampling_rate': float(np.mean(rates)),
-            }
-            tried.setdefault(f'{method}: {field}', []).append(trial)
-            bar.note(f'{TITLES[method]} {field}={value}: {np.mean(accuracies):.1%}')
+                experiment = Experiment(setting, dataset)
+                runs = []
+                for seed in seeds:
+                    runs.append(
+                        train(
+                            configuration.with_values(setting, {'seed': seed}),
+                            path / name / f'{value}' / f'seed{seed}',
+                            experiment=experiment,
+                            bar=progress.Bar(),
+                        )
+                    )
+                    bar.advance()
+                accuracy = results.summary(run['validation_accuracy'] for run in runs)
+                tried[name].append(
+                    {
+                        'value': value,
+                        'validation_accuracy': accuracy,
+                        'sampling_rate': results.summary(
+                            run['sampling_rate'] for run in runs
+                        )['mean'],
+                        # Whether wrong labels are learnt by heart.
+                        'train_loss': results.summary(
+                            run['log'][-1]['loss'] for run in runs
+                        )['mean'],
+                    }
+                )
+                bar.note(f'{name} = {value}: {_percent(accuracy)} %')
     summary = {
         'name': config.name,
         'tried': tried,

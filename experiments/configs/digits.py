@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = 'cnn'
     config.models = {
-        'cnn': {'width': 32, 'dtype': 'float32'},
+        'cnn': {'width': 16, 'dtype': 'float32'},
         'small_resnet': {'width': 16, 'blocks': 1, 'dtype': 'float32'},
     }
 
@@ -38,9 +38,9 @@ def get_config() -> ml_collections.ConfigDict:
         'looksam': {'rho': 0.3, 'every': 5, 'gain': 0.7},
         'vsam': {
             'rho': 0.3,
-            'window': 20,
+            'window': 10,
             'segments': 5,
-            'warmup_steps': 39,
+            'warmup_steps': 19,
             'norm_gain': 0.13,
             'variance_gain': 0.13,
             'decay': 0.7,
@@ -56,13 +56,13 @@ def get_config() -> ml_collections.ConfigDict:
         'weight_decay': 5e-4,
     }
 
-    config.epochs = 90
+    config.epochs = 60
     config.batch_size = 100
     config.seed = 0
     config.dispatch = 'planned'
     # In epochs (of ten steps).
     config.log_every = 2
-    config.eval_every = 10
+    config.eval_every = 2
 
     config.compare = {
         # Costs are relative to the first.
@@ -71,13 +71,16 @@ def get_config() -> ml_collections.ConfigDict:
         'timing_rounds': 30,
         'timing_steps': 10,
     }
+    rhos = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+    long_windows = {'methods.vsam.window': 20, 'methods.vsam.warmup_steps': 39}
     config.tune = {
         'seeds': (100, 101, 102),
-        # The method, the field that is tuned, the values.
+        # The method, the field that is tuned, its values, and what changes with it.
         'grid': (
-            ('sgd', 'optimizer.learning_rate', (0.02, 0.05, 0.1, 0.2)),
-            ('sam', 'methods.sam.rho', (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)),
-            ('vsam', 'methods.vsam.rho', (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)),
+            ('sgd', 'optimizer.learning_rate', (0.01, 0.02, 0.05, 0.1, 0.2), {}),
+            ('sam', 'methods.sam.rho', rhos, {}),
+            ('vsam', 'methods.vsam.rho', rhos, {}),
+            ('vsam', 'methods.vsam.rho', rhos, long_windows),
         ),
     }
     return config

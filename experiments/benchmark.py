@@ -251,15 +251,14 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see the flags."""
     if len(arguments) > 1:
         raise app.UsageError(f'unknown arguments: {" ".join(arguments[1:])}')
-    names, rounds, steps = (
-        flags.FLAGS[name].value for name in ('problems', 'rounds', 'steps')
-    )
-    output = pathlib.Path(flags.FLAGS['output'].value)
+    options: Any = flags.FLAGS
+    rounds, steps = options.rounds, options.steps
+    output = pathlib.Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     measured = {}
     screen = console.Console()
     with progress.Progress(console=screen) as bars:
-        for name in names:
+        for name in options.problems:
             problem = PROBLEMS[name]()
             bar = bars.add_task(name, total=rounds)
             rows = measure(

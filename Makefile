@@ -1,0 +1,61 @@
+# make demo   trains on handwritten digits with wrong labels and shows what vSAM gains
+# make test   lint, types, tests, doctests, wheel; what continuous integration runs
+# make help   the others
+
+PYTHON ?= python3
+JOBS ?= 2
+TEST := .venv-test/bin
+DEMO := .venv-demo/bin
+
+.PHONY: help demo test test-slow lint format types pytest wheel bench clean
+
+help:
+	@grep -hE '^# make|^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+
+# A virtual environment per extra, made anew when its requirements change.
+.venv-test/.ready: EXTRA = dev
+.venv-demo/.ready: EXTRA = experiments
+.venv-%/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else \
+	  "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
+	@touch $@
+
+demo: .venv-demo/.ready ## the main job: SGD, SAM and vSAM on noisy digits; results in demo/
+	$(DEMO)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=demo
+
+test: lint types pytest wheel ## everything below but test-slow and bench
+
+lint: .venv-test/.ready ## ruff: style and formatting
+	$(TEST)/ruff check .
+	$(TEST)/ruff format --check .
+
+format: .venv-test/.ready ## ruff: puts style and formatting right
+	$(TEST)/ruff check --fix .
+	$(TEST)/ruff format .
+
+types: .venv-test/.ready ## pyright
+	$(TEST)/pyright --pythonpath $(TEST)/python
+
+pytest: .venv-test/.ready ## tests and doctests
+	$(TEST)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-slow: .venv-test/.ready ## tests that take minutes
+	$(TEST)/python -m pytest -m slow
+
+wheel: .venv-test/.ready ## the wheel builds, and imports with the core's dependencies alone
+	rm -rf build/wheel
+	$(TEST)/python -m build --wheel --outdir build/wheel . > /dev/null
+	$(PYTHON) -m venv --clear build/wheel/env
+	build/wheel/env/bin/python -m pip install --quiet --disable-pip-version-check build/wheel/*.whl
+	cd build/wheel && env/bin/python -W error -c 'import jax.numpy as jnp, vsam_jax; \
+	  w = jnp.ones(2); tx = vsam_jax.vsam(); \
+	  tx.update(w, tx.init(w), w, grad_fn=lambda w: w); \
+	  print("the wheel works:", vsam_jax.__name__, vsam_jax.__version__)'
+
+bench: .venv-demo/.ready ## cost of one step as a multiple of SGD's
+	$(DEMO)/python -m experiments.benchmark --output=experiments/results/benchmark.json
+
+clean: ## removes what the others made
+	rm -rf .venv-test .venv-demo build demo runs

@@ -35,8 +35,8 @@ def check_own(name: str, grads: PyTree, axis_name: AxisName) -> None:
     if axis_name is None:
         return
     for axis in _names(axis_name):
-        # Without shard_map's bookkeeping (pmap, check_vma=False) nothing is summed
-        # by itself, and nothing can be told apart: not even the axis index varies.
+        # Without shard_map's bookkeeping (pmap, check_vma=False) nothing is summed by
+        # itself and nothing can be told apart: not even the axis index varies.
         if not _vary(jax.lax.axis_index(axis), axis)[1]:
             continue
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -57,7 +57,9 @@ def _names(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _vary(x: jax.Array, name: str) -> tuple[jax.Array, bool]:
     """``x`` cast to varying over one axis, and whether it was that already."""
+    if name not in jax.sharding.get_abstract_mesh().manual_axes:
+        return x, True  # The axis is that of a vmap, which sums nothing by itself.
     try:
         return jax.lax.pcast(x, name, to='varying'), False
-    except ValueError:  # It varies already, or under vmap, which tracks nothing.
+    except ValueError:
         return x, True

@@ -24,6 +24,7 @@ its mark of success, until it is complete; ``manager.latest_step()`` and
 :func:`restore` see complete ones only.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -50,12 +51,15 @@ def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
 
     Args:
       method: a function such as :func:`vsam_jax.vsam`, or a ``functools.partial``
-        of one that names all that is set.
+        of one that has all that is set.
 
     Returns:
       The names of the arguments with their values, and ``method``, the name of
       the function. A value that is a function (a schedule, a callable mask) has
       to be replaced by a description before it can be stored.
+
+    Raises:
+      TypeError: if an argument without a default is missing.
 
     Example:
       >>> import functools, vsam_jax
@@ -64,18 +68,12 @@ def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
       >>> settings['method'], settings['rho'], settings['perturb_mask']
       ('sam', 0.1, None)
     """
-    values: dict[str, Any] = {}
-    for name, parameter in inspect.signature(method).parameters.items():
-        if parameter.default is inspect.Parameter.empty:
-            raise ValueError(
-                f'method must have a value for each of its arguments, but {name!r} has'
-                ' none. Set it by functools.partial.'
-            )
-        values[name] = parameter.default
-    function = method
-    while hasattr(function, 'func'):
-        function = function.func  # pyright: ignore[reportFunctionMemberAccess]
-    return {'method': getattr(function, '__name__', repr(function)), **values}
+    function, args, keywords = method, (), {}
+    if isinstance(method, functools.partial):
+        function, args, keywords = method.func, method.args, method.keywords
+    bound = inspect.signature(function).bind(*args, **keywords)
+    bound.apply_defaults()
+    return {'method': getattr(function, '__name__', repr(function)), **bound.arguments}
 
 
 def save(

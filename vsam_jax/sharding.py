@@ -46,8 +46,10 @@ def state_shardings(state: PyTree, params: PyTree) -> PyTree:
       >>> shardings = vsam_jax.state_shardings(
       ...     jax.eval_shape(tx.init, params), params)
       >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
-      >>> print(opt_state[0].psf['w'].sharding.spec, opt_state[0].plan.sharding.spec)
-      PartitionSpec('data',) PartitionSpec()
+      >>> tuple(opt_state[0].psf['w'].sharding.spec)
+      ('data',)
+      >>> tuple(opt_state[0].plan.sharding.spec)
+      ()
     """
     wanted = {
         path: (leaf.shape, _named_sharding(path, leaf))

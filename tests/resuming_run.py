@@ -1,0 +1,48 @@
+"""A run that saves every 4 steps and resumes; killed by test_checkpoints.py.
+
+python -m tests.resuming_run FOLDER
+"""
+
+import hashlib
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+import vsam_jax
+from tests import problems, test_checkpoints
+from vsam_jax import checkpoint
+
+
+def main(folder: str) -> None:
+    config = test_checkpoints.CONFIG
+    tx = test_checkpoints.optimizer()
+    step = vsam_jax.PlannedStep(problems.make_step(tx))
+    # Makes saving take long enough to be interrupted.
+    ballast = np.random.default_rng(0).random(2**23)
+    state = test_checkpoints.plain_state(tx)
+    directory = pathlib.Path(folder).resolve() / 'steps'
+    first = 0
+    with ocp.CheckpointManager(directory) as manager:
+        if manager.latest_step() is not None:
+            restored = checkpoint.restore(manager, (state, ballast), config=config)
+            state, first = restored[0], int(problems.vsam_state(restored).step)
+        for i, batch in enumerate(problems.mlp_batches(14)):
+            if i < first:
+                continue
+            if i % 4 == 0 and i > first:
+                checkpoint.save(manager, i, (state, ballast), config=config)
+            state, _ = step(state, batch)
+    bits = [
+        hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
+        for leaf in jax.tree.leaves(state)
+    ]
+    result = {'first_step': first, 'bits': bits}
+    (pathlib.Path(folder) / 'result.json').write_text(json.dumps(result))
+
+
+if __name__ == '__main__':
+    main(sys.argv[1])

@@ -1,0 +1,483 @@
+"""Many devices: shardings, mapped axes, several processes, other platforms."""
+
+import functools
+import itertools
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import vsam_jax
+from tests import problems
+
+WINDOW = 4
+STEPS = 2 * WINDOW - 1 + 2 * WINDOW
+
+# Of the parameters of problems.mlp_params.
+LAYOUTS = {
+    'replicated': [P()] * 6,
+    'fsdp': [P(None, 'data'), P('data'), P('data'), P('data'), P('data'), P()],
+}
+
+METHODS: dict[str, Any] = {
+    'vsam': functools.partial(vsam_jax.vsam, 0.1, window=WINDOW, segments=2),
+    'sam': functools.partial(vsam_jax.sam, 0.1),
+    'asam': functools.partial(vsam_jax.asam, 0.5, eta=0.01),
+    'looksam': functools.partial(vsam_jax.looksam, 0.1, every=3),
+    'random_sam': functools.partial(vsam_jax.random_sam, 0.1, window=WINDOW),
+}
+
+both_ways = pytest.mark.parametrize('planned', [True, False], ids=['planned', 'traced'])
+
+
+def optimizer(method: str, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(
+        METHODS[method](**settings),
+        optax.add_decayed_weights(1e-3),
+        optax.sgd(0.3, momentum=0.9),
+    )
+
+
+def loss_fn(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Mean squared error; what explicit shardings cannot guess is said."""
+    x, y = batch
+    if AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types:
+        params = [jax.sharding.reshard(p, P()) for p in params]
+    w1, b1, w2, b2, w3, b3 = params
+    hidden = jnp.tanh(jnp.tanh(x @ w1 + b1) @ w2 + b2)
+    return jnp.mean((hidden @ w3 + b3 - y) ** 2)
+
+
+@functools.cache
+def batches() -> list[tuple[np.ndarray, np.ndarray]]:
+    return [
+        (np.asarray(x), np.eye(3)[y])
+        for x, y in problems.mlp_batches(STEPS, dtype=jnp.float64)
+    ]
+
+
+def first_state(tx: optax.GradientTransformation) -> tuple[Any, Any]:
+    params = problems.mlp_params(dtype=jnp.float64)
+    return params, tx.init(params)
+
+
+def driver(step: Any, planned: bool, **jit_options: Any) -> Any:
+    if planned:
+        return vsam_jax.PlannedStep(step, **jit_options)
+    return jax.jit(step, **jit_options)
+
+
+def train(step: Any, state: Any, data: Any) -> tuple[Any, list[bool]]:
+    """The last state, and which steps were sampled."""
+    sampled = []
+    for batch in data:
+        state, _ = step(state, batch)
+        sampled.append(bool(problems.vsam_state(state).sampled))
+    return state, sampled
+
+
+@functools.cache
+def on_one_device(method: str) -> tuple[Any, list[bool]]:
+    tx = optimizer(method)
+    step = jax.jit(problems.make_step(tx, loss_fn))
+    return train(step, first_state(tx), batches())
+
+
+def assert_same_run(run: tuple[Any, list[bool]], other: tuple[Any, list[bool]]):
+    assert run[1] == other[1]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), rtol=1e-11, atol=1e-12
+        ),
+        run[0],
+        other[0],
+    )
+
+
+def array_types(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (jax.typeof(x), x.weak_type, x.sharding), tree)
+
+
+# --- jit with shardings -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('method', 'planned', 'layout', 'axis_type'),
+    [
+        ('vsam', True, 'replicated', AxisType.Auto),
+        ('vsam', False, 'replicated', AxisType.Explicit),
+        *itertools.product(
+            ['vsam'], [True, False], ['fsdp'], [AxisType.Auto, AxisType.Explicit]
+        ),
+        # What a rule may write (a reshape) is a type error on sharded dimensions.
+        *((other, False, 'fsdp', AxisType.Explicit) for other in [*METHODS][1:]),
+    ],
+)
+@pytest.mark.usefixtures('x64')
+def test_a_sharded_run_is_the_run_on_one_device(method, planned, layout, axis_type):
+    specs = LAYOUTS[layout]
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(axis_type,))
+    split = lambda batch: jax.device_put(batch, NamedSharding(mesh, P('data')))
+    tx = optimizer(method)
+    with jax.set_mesh(mesh):
+        params = problems.mlp_params(dtype=jnp.float64)
+        params = [
+            jax.device_put(p, NamedSharding(mesh, s))
+            for p, s in zip(params, specs, strict=True)
+        ]
+        make_state = lambda params: (params, tx.init(params))
+        options = {}
+        if axis_type == AxisType.Auto:
+            shardings = vsam_jax.state_shardings(
+                jax.eval_shape(make_state, params), params
+            )
+            options = {'out_shardings': (shardings, None)}
+            make_state = jax.jit(make_state, out_shardings=shardings)
+        else:
+            make_state = jax.jit(make_state)
+        state = make_state(params)
+        before = array_types(state)
+        step = driver(problems.make_step(tx, loss_fn), planned, **options)
+        state, sampled = train(step, state, map(split, batches()))
+    assert array_types(state) == before
+    inner = problems.vsam_state(state)
+    if inner.psf is not None:
+        for s, spec in zip(inner.psf, specs, strict=True):
+            assert s.sharding.is_equivalent_to(NamedSharding(mesh, spec), s.ndim)
+    for leaf in jax.tree.leaves(inner._replace(psf=None)):
+        assert leaf.sharding.is_fully_replicated
+    programs = [step.program(True), step.program(False)] if planned else [step]
+    assert all(program._cache_size() <= 1 for program in programs)
+    assert_same_run((state, sampled), on_one_device(method))
+
+
+def test_shardings_of_a_state_follow_the_parameters():
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+    split, whole = NamedSharding(mesh, P('data')), NamedSharding(mesh, P())
+    params = {
+        'a': {'w': jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=split)},
+        'w': jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=whole),
+        'b': jax.ShapeDtypeStruct((8,), jnp.float32, sharding=split),
+    }
+    tx = optax.chain(
+        # A plan and rings of length 8, which are not the bias of that length.
+        vsam_jax.vsam(window=8, segments=2),
+        optax.masked(optax.trace(0.9), {'a': True, 'w': True, 'b': False}),
+        # Holds factors: at the path of a parameter, but of other shapes.
+        optax.scale_by_factored_rms(min_dim_size_to_factor=2),
+    )
+    make_state = lambda params: vsam_jax.TrainState.create(
+        apply_fn=lambda: None, params=params, tx=tx, dropout_key=jax.random.key(0)
+    )
+    shapes = jax.eval_shape(make_state, params)
+    shardings = vsam_jax.state_shardings(shapes, params)
+    expected = {'a': {'w': split}, 'w': whole, 'b': split}
+    inner, masked, factored = shardings.opt_state
+    assert shardings.params == expected
+    assert inner.psf == expected
+    assert set(jax.tree.leaves(inner._replace(psf=None))) == {whole}
+    assert masked.inner_state.trace['a'] == {'w': split}
+    assert masked.inner_state.trace['w'] == whole
+    assert shapes.opt_state[2].v_row['a']['w'].shape == (3,)
+    assert factored.v_row['a']['w'] == whole
+    assert shardings.step == shardings.dropout_key == whole
+
+
+def test_parameters_without_a_mesh_have_no_shardings_to_follow():
+    params = {'w': jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"params must .* at \['w'\] the sharding is"):
+        vsam_jax.state_shardings(params, params)
+    two = [jax.make_mesh((n,), ('data',)) for n in (1, 2)]
+    params = [
+        jax.ShapeDtypeStruct((2,), jnp.float32, sharding=NamedSharding(mesh, P()))
+        for mesh in two
+    ]
+    with pytest.raises(ValueError, match=r'params must .* got 2 meshes'):
+        vsam_jax.state_shardings(params, params)
+
+
+# --- One program per device ---------------------------------------------------
+
+
+def own_step(tx: optax.GradientTransformationExtraArgs, cast: bool) -> Any:
+    """A step for one device of the axis 'data', with its own gradient."""
+
+    def step(state, batch, *, sample=None):
+        params, opt_state = state
+        grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+        own = jax.lax.pcast(params, 'data', to='varying') if cast else params
+        updates, opt_state = tx.update(
+            grad_fn(own), opt_state, params, grad_fn=grad_fn, sample=sample
+        )
+        return (optax.apply_updates(params, updates), opt_state), jnp.zeros(())
+
+    return step
+
+
+def mapped_step(
+    tx: optax.GradientTransformationExtraArgs, *, cast: bool = True, **options: Any
+) -> Any:
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+
+    def step(state, batch, *, sample=None):
+        return jax.shard_map(
+            functools.partial(own_step(tx, cast), sample=sample),
+            mesh=mesh,
+            in_specs=(P(), P('data')),
+            out_specs=P(),
+            **options,
+        )(state, batch)
+
+    return step
+
+
+@functools.cache
+def by_hand(method: str) -> tuple[Any, list[bool]]:
+    """One perturbation per device, on one device: the mean second gradient is
+    formed by the gradient function, from each share's own gradient."""
+    tx = optimizer(method)
+
+    @jax.jit
+    def step(state, batch):
+        params, opt_state = state
+        shares = jax.tree.map(lambda a: a.reshape(8, -1, *a.shape[1:]), batch)
+        gradient = jax.grad(loss_fn)
+
+        def second(share):
+            g = gradient(params, share)
+            if method == 'asam':
+                t = jax.tree.map(lambda w: jnp.abs(w) + 0.01, params)
+                norm = optax.tree.norm(jax.tree.map(jnp.multiply, t, g))
+                ascent = jax.tree.map(lambda t, g: 0.5 * t**2 * g / norm, t, g)
+            else:
+                norm = optax.tree.norm(g)
+                ascent = jax.tree.map(lambda g: 0.1 * g / norm, g)
+            return gradient(jax.tree.map(jnp.add, params, ascent), share)
+
+        mean_second = jax.tree.map(lambda g: g.mean(0), jax.vmap(second)(shares))
+        updates, opt_state = tx.update(
+            gradient(params, batch), opt_state, params, grad_fn=lambda _: mean_second
+        )
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    return train(step, first_state(tx), batches())
+
+
+@pytest.mark.parametrize(
+    ('method', 'planned', 'per_device'),
+    [
+        ('vsam', True, False),
+        ('vsam', False, False),
+        ('vsam', True, True),
+        *((method, False, True) for method in METHODS),
+    ],
+)
+@pytest.mark.usefixtures('x64')
+def test_devices_share_a_perturbation_or_have_one_each(method, planned, per_device):
+    tx = optimizer(method, axis_name='data', per_device=per_device)
+    # That shard_map accepts out_specs=P() proves the state to be the same on all.
+    run = train(driver(mapped_step(tx), planned), first_state(tx), batches())
+    assert_same_run(run, by_hand(method) if per_device else on_one_device(method))
+
+
+@pytest.mark.usefixtures('x64')
+def test_the_two_choices_differ():
+    shared, own = on_one_device('sam')[0][0], by_hand('sam')[0][0]
+    assert optax.tree.norm(optax.tree.sub(shared, own)) > 1e-3
+
+
+@pytest.mark.parametrize('per_device', [False, True], ids=['shared', 'per_device'])
+@pytest.mark.usefixtures('x64')
+def test_without_vma_checks_all_devices_hold_the_same_bits(per_device):
+    tx = optimizer('vsam', axis_name='data', per_device=per_device)
+    step = jax.jit(mapped_step(tx, cast=False, check_vma=False))
+    run = train(step, first_state(tx), batches())
+    for leaf in jax.tree.leaves(run[0]):
+        copies = {np.asarray(s.data).tobytes() for s in leaf.addressable_shards}
+        assert len(leaf.addressable_shards) == 8
+        assert len(copies) == 1
+    assert_same_run(run, by_hand('vsam') if per_device else on_one_device('vsam'))
+
+
+@pytest.mark.parametrize('mapping', [jax.pmap, jax.vmap])
+@pytest.mark.parametrize('per_device', [False, True], ids=['shared', 'per_device'])
+@pytest.mark.usefixtures('x64')
+def test_axis_name_works_under_pmap_and_vmap(mapping, per_device):
+    tx = optimizer('vsam', axis_name='data', per_device=per_device)
+    step = mapping(
+        own_step(tx, cast=False), axis_name='data', in_axes=(None, 0), out_axes=None
+    )
+    shares = [
+        jax.tree.map(lambda a: a.reshape(8, -1, *a.shape[1:]), batch)
+        for batch in batches()
+    ]
+    run = train(jax.jit(step), first_state(tx), shares)
+    assert_same_run(run, by_hand('vsam') if per_device else on_one_device('vsam'))
+
+
+@pytest.mark.usefixtures('x64')
+def test_gradients_that_are_means_already_need_no_axis_name():
+    tx = optimizer('vsam')
+    mean_loss = lambda p, batch: jax.lax.pmean(loss_fn(p, batch), 'data')
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+
+    own = problems.make_step(tx, mean_loss)
+    step = jax.shard_map(own, mesh=mesh, in_specs=(P(), P('data')), out_specs=P())
+    run = train(jax.jit(step), first_state(tx), batches())
+    assert_same_run(run, on_one_device('vsam'))
+
+
+@pytest.mark.usefixtures('x64')
+def test_several_axes_and_a_frozen_tensor():
+    """A tensor that is not perturbed has a second gradient of its own all the same."""
+    mask = [False, True, True, True, True, True]
+    runs = []
+    for mesh, axes in (((8,), 'data'), ((4, 2), ('host', 'data'))):
+        names = axes if isinstance(axes, tuple) else (axes,)
+        mesh = jax.make_mesh(mesh, names, axis_types=(AxisType.Auto,) * len(names))
+        tx = optimizer('sam', axis_name=axes, per_device=True, perturb_mask=mask)
+
+        def own(state, batch, tx=tx, axes=axes):
+            params, opt_state = state
+            grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+            updates, opt_state = tx.update(
+                grad_fn(jax.lax.pcast(params, axes, to='varying')),
+                opt_state,
+                params,
+                grad_fn=grad_fn,
+            )
+            return (optax.apply_updates(params, updates), opt_state), 0.0
+
+        step = jax.shard_map(own, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P())
+        runs.append(train(jax.jit(step), first_state(tx), batches()[:3]))
+    assert_same_run(*runs)
+
+
+def test_a_gradient_that_was_summed_over_the_devices_is_refused():
+    tx = optimizer('vsam', axis_name='data')
+    params = problems.mlp_params()
+    x, y = problems.mlp_batches(1)[0]
+    with pytest.raises(ValueError, match=r"updates must be each device's own.*pcast"):
+        jax.eval_shape(
+            mapped_step(tx, cast=False),
+            (params, tx.init(params)),
+            (x, jax.nn.one_hot(y, 3)),
+        )
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_wrong_axis_arguments_are_named(method):
+    with pytest.raises(ValueError, match='per_device must be False where axis_name is'):
+        METHODS[method](per_device=True)
+    with pytest.raises(TypeError, match=r'axis_name must be None, .* got 3\.'):
+        METHODS[method](axis_name=3)
+    with pytest.raises(TypeError, match=r'axis_name must be None, .* got \(\)\.'):
+        METHODS[method](axis_name=())
+    with pytest.raises(TypeError, match=r'per_device must be True or False, got 1\.'):
+        METHODS[method](axis_name='data', per_device=1)
+
+
+# --- Several processes --------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two processes that train together has to report."""
+    folder = tmp_path_factory.mktemp('two_processes')
+    root = pathlib.Path(__file__).parent.parent
+    port = free_port()
+    outputs = [folder / f'{i}.json' for i in range(2)]
+    logs = [(folder / f'{i}.log').open('w+') for i in range(2)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, '-m', 'tests.two_processes', str(port), str(i), output],
+            cwd=root,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        for i, (output, log) in enumerate(zip(outputs, logs, strict=True))
+    ]
+    try:
+        for worker, log in zip(workers, logs, strict=True):
+            # A deadlock ends here.
+            code = worker.wait(timeout=240)
+            log.seek(0)
+            assert code == 0, log.read()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        for log in logs:
+            log.close()
+    return [json.loads(output.read_text()) for output in outputs]
+
+
+@pytest.mark.parametrize('layout', ['fsdp', 'per_device'])
+@both_ways
+@pytest.mark.usefixtures('x64')
+def test_two_processes_train_together(two_processes, layout, planned):
+    way = 'planned' if planned else 'traced'
+    first, second = (report[f'{layout} {way}'] for report in two_processes)
+    assert first['bits'] == second['bits']
+    assert first['plans'] == second['plans']
+    assert first['sampled'] == second['sampled']
+    state, sampled = (by_hand if layout == 'per_device' else on_one_device)('vsam')
+    assert first['sampled'] == sampled
+    for a, b in zip(first['params'], state[0], strict=True):
+        np.testing.assert_allclose(np.array(a), b, rtol=1e-11, atol=1e-12)
+
+
+# --- Other platforms ----------------------------------------------------------
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+@pytest.mark.parametrize(
+    ('layout', 'sample'),
+    [
+        *itertools.product(['one device'], [True, False, None]),
+        ('fsdp', None),
+        ('per_device', None),
+    ],
+)
+def test_a_step_lowers_for_other_platforms(platform, sample, layout):
+    per_device = layout == 'per_device'
+    tx = optimizer(
+        'vsam', axis_name='data' if per_device else None, per_device=per_device
+    )
+    step = mapped_step(tx) if per_device else problems.make_step(tx, loss_fn)
+    params = problems.mlp_params()
+    x, y = problems.mlp_batches(1)[0]
+    batch = (x, jax.nn.one_hot(y, 3))
+    if layout == 'fsdp':
+        mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+        params = [
+            jax.device_put(p, NamedSharding(mesh, s))
+            for p, s in zip(params, LAYOUTS['fsdp'], strict=True)
+        ]
+        batch = jax.device_put(batch, NamedSharding(mesh, P('data')))
+    state = (params, tx.init(params))
+    if sample is None:
+        program = jax.jit(step)
+    else:
+        program = vsam_jax.PlannedStep(step).program(sample)
+    exported = jax.export.export(program, platforms=[platform])(state, batch)
+    assert exported.platforms == (platform,)
+    assert exported.nr_devices == (1 if layout == 'one device' else 8)
+    text = exported.mlir_module()
+    assert ('stablehlo.case' in text or 'stablehlo.if' in text) == (sample is None)

@@ -82,8 +82,9 @@ def create(name: str, settings: Any, optimizer: Any, num_steps: int) -> Method:
 
     Args:
         name: ``config.method``.
-        settings: ``config.methods[name]``, the arguments of the method.
-        optimizer: ``config.optimizer``, the arguments of :func:`base_optimizer`.
+        settings: ``config.methods[name]``, the arguments of the method; in
+            ``optimizer`` it may have arguments of :func:`base_optimizer` of its own.
+        optimizer: ``config.optimizer``, those that all methods share.
         num_steps: the length of the run.
 
     Returns:
@@ -93,8 +94,13 @@ def create(name: str, settings: Any, optimizer: Any, num_steps: int) -> Method:
         ConfigError: for unknown names and settings.
     """
     direction, programs = configuration.pick('config.method', _DIRECTIONS, name)
+    settings = dict(settings)
+    own = dict(settings.pop('optimizer', {}))
     first = configuration.call(direction, f'config.methods.{name}', settings)
     base = configuration.call(
-        base_optimizer, 'config.optimizer', optimizer, num_steps=num_steps
+        base_optimizer,
+        'config.optimizer',
+        {**optimizer, **own},
+        num_steps=num_steps,
     )
     return Method(tx=optax.chain(first, base), programs=programs)

@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.method = 'vsam'
     config.methods = {
-        'sgd': {},
+        'sgd': {'optimizer': {'learning_rate': 0.01}},
         'sam': {'rho': 0.3},
         'asam': {'rho': 1.0, 'eta': 0.0},
         'looksam': {'rho': 0.3, 'every': 5, 'gain': 0.7},
@@ -71,15 +71,26 @@ def get_config() -> ml_collections.ConfigDict:
         'timing_rounds': 30,
         'timing_steps': 10,
     }
-    rhos = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
+    # Learning rate and ρ are tuned together: what is best for one method may hide
+    # what another can do.
+    rates = (0.01, 0.03, 0.1)
+    rhos = (0.25, 0.5, 1.0, 1.4, 2.0)
     long_windows = {'methods.vsam.window': 20, 'methods.vsam.warmup_steps': 39}
     config.tune = {
         'seeds': (100, 101, 102),
         # The method, the field that is tuned, its values, and what changes with it.
         'grid': (
-            ('sgd', 'optimizer.learning_rate', (0.01, 0.02, 0.05, 0.1, 0.2), {}),
-            ('sam', 'methods.sam.rho', rhos, {}),
-            ('vsam', 'methods.vsam.rho', rhos, {}),
+            ('sgd', 'methods.sgd.optimizer.learning_rate', rates, {}),
+            *(
+                (
+                    method,
+                    f'methods.{method}.rho',
+                    rhos,
+                    {'optimizer.learning_rate': rate},
+                )
+                for rate in rates[::-1]
+                for method in ('sam', 'vsam')
+            ),
             ('vsam', 'methods.vsam.rho', rhos, long_windows),
         ),
     }

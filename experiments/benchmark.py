@@ -97,7 +97,7 @@ def optax_sam() -> optax.GradientTransformationExtraArgs:
         second: Any = lambda p, i: grad_fn(p)
         return sam.update(grads, state, params, grad_fn=second)
 
-    return optax.GradientTransformationExtraArgs(sam.init, update)
+    return optax.GradientTransformationExtraArgs(sam.init, update)  # pyright: ignore[reportArgumentType]
 
 
 class Variant(NamedTuple):
@@ -173,7 +173,7 @@ class Runner:
         jitted = jax.jit(step, donate_argnums=0)
         self._step = jitted.lower(self._state, self._batch, *self._decision).compile()
         self.compile_seconds = time.perf_counter() - start
-        self.conditionals = self._step.as_text().count(' conditional(')
+        self.conditionals = (self._step.as_text() or '').count(' conditional(')
 
     def run(self, steps: int) -> float:
         """Makes some steps and returns the seconds that one took."""

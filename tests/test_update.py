@@ -102,15 +102,18 @@ def test_stats_mask_picks_the_tensors_of_the_norms():
 
 def test_first_window_starts_right_after_warm_up():
     w = jnp.ones(2)
-    for warmup in (0, 1, 5, 12, 13):
+    for warmup in (0, 5, 12, 13):
         tx = small_vsam(warmup_steps=warmup)
         state = tx.init(w)
+        update = jax.jit(
+            lambda state, tx=tx: tx.update(w, state, w, grad_fn=lambda p: 2 * p)
+        )
         plans = []
         for step in range(warmup + 12):
             position = int(state.position)
             assert position == (step - warmup) % 6
             plans.append(bool(state.plan[position]))
-            _, state = tx.update(w, state, w, grad_fn=lambda p: 2 * p)
+            _, state = update(state)
             assert bool(state.sampled) == plans[-1]
         assert all(plans[:warmup])
         # b = 1 in the first window; constant norms leave it there.
@@ -156,8 +159,11 @@ def test_zero_gradients_give_a_zero_psf_and_a_steady_budget():
     tx = small_vsam()
     w = jnp.ones(3)
     state = tx.init(w)
+    update = jax.jit(
+        lambda state: tx.update(jnp.zeros(3), state, w, grad_fn=lambda p: 0 * p)
+    )
     for _ in range(30):
-        direction, state = tx.update(jnp.zeros(3), state, w, grad_fn=lambda p: 0 * p)
+        direction, state = update(state)
         np.testing.assert_array_equal(direction, 0)
     assert float(state.budget) == 1
     assert int(state.num_rejected) == 0
@@ -209,11 +215,13 @@ def test_gradients_flow_through_an_unrolled_run():
             state, _ = problems.make_step(tx)(state, batch)
         return problems.mlp_loss(state[0], batches[0])
 
-    slope = jax.jit(jax.grad(final_loss))(0.1)
+    value_and_slope = jax.jit(jax.value_and_grad(final_loss))
+    loss = lambda rho: value_and_slope(rho)[0]
+    _, slope = value_and_slope(0.1)
     h = 1e-5
-    want = (final_loss(0.1 + h) - final_loss(0.1 - h)) / (2 * h)
+    want = (loss(0.1 + h) - loss(0.1 - h)) / (2 * h)
     assert float(slope) == pytest.approx(float(want), rel=1e-5)
-    assert bool(jnp.isfinite(jax.grad(final_loss)(0.0)))
+    assert bool(jnp.isfinite(value_and_slope(0.0)[1]))
 
 
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
@@ -269,10 +277,13 @@ def test_stacked_and_nested_trees_give_the_same_numbers_as_a_flat_vector():
     for params in (flat, nested):
         tx = small_vsam()
         state = tx.init(params)
-        for _ in range(12):
-            direction, state = tx.update(
+        update = jax.jit(
+            lambda state, params, tx=tx: tx.update(
                 grad_of(params), state, params, grad_fn=grad_of
             )
+        )
+        for _ in range(12):
+            direction, state = update(state, params)
             params = optax.tree.add_scale(params, -0.01, direction)
         parts = [x.ravel() for x in jax.tree.leaves(params)]
         results.append((np.concatenate(parts), float(state.budget)))

@@ -430,7 +430,7 @@ def random_sam(
       >>> import jax.numpy as jnp, vsam_jax
       >>> state = vsam_jax.random_sam(rate=0.3, window=1000).init(jnp.ones(2))
       >>> print(int(state.plan.sum()))
-      325
+      284
     """
     reuse_psf = _checks.flag('reuse_psf', reuse_psf)
     return transform.sharpness_aware(

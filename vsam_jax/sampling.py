@@ -156,8 +156,10 @@ def window_uniforms(seed: int, window_index: jax.Array, window: int) -> jax.Arra
     Returns:
       A float32 array [K] in [0, 1), the same in 32- and 64-bit mode.
     """
-    # The generator is named, so that jax_default_prng_impl changes no plan.
-    key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), window_index)
+    # (seed, window) is the whole 64-bit key, so that drawing is one pass of the
+    # generator; it is named, so that jax_default_prng_impl changes no plan.
+    words = jnp.stack([jnp.uint32(seed), window_index.astype(jnp.uint32)])
+    key = jax.random.wrap_key_data(words, impl='threefry2x32')
     return jax.random.uniform(key, (window,), jnp.float32)
 
 

@@ -120,7 +120,8 @@ def array_types(tree: Any) -> Any:
             ['vsam'], [True, False], ['fsdp'], [AxisType.Auto, AxisType.Explicit]
         ),
         # What a rule may write (a reshape) is a type error on sharded dimensions.
-        *((other, False, 'fsdp', AxisType.Explicit) for other in [*METHODS][1:]),
+        ('asam', False, 'fsdp', AxisType.Explicit),
+        ('looksam', False, 'fsdp', AxisType.Explicit),
     ],
 )
 @pytest.mark.usefixtures('x64')
@@ -209,13 +210,13 @@ def test_parameters_without_a_mesh_have_no_shardings_to_follow():
 # --- One program per device ---------------------------------------------------
 
 
-def own_step(tx: optax.GradientTransformationExtraArgs, cast: bool) -> Any:
-    """A step for one device of the axis 'data', with its own gradient."""
+def own_step(tx: optax.GradientTransformationExtraArgs, axes: Any = None) -> Any:
+    """A step for one device; over ``axes`` shard_map would sum its gradient."""
 
     def step(state, batch, *, sample=None):
         params, opt_state = state
         grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
-        own = jax.lax.pcast(params, 'data', to='varying') if cast else params
+        own = jax.lax.pcast(params, axes, to='varying') if axes else params
         updates, opt_state = tx.update(
             grad_fn(own), opt_state, params, grad_fn=grad_fn, sample=sample
         )
@@ -225,13 +226,13 @@ def own_step(tx: optax.GradientTransformationExtraArgs, cast: bool) -> Any:
 
 
 def mapped_step(
-    tx: optax.GradientTransformationExtraArgs, *, cast: bool = True, **options: Any
+    tx: optax.GradientTransformationExtraArgs, axes: Any = 'data', **options: Any
 ) -> Any:
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
 
     def step(state, batch, *, sample=None):
         return jax.shard_map(
-            functools.partial(own_step(tx, cast), sample=sample),
+            functools.partial(own_step(tx, axes), sample=sample),
             mesh=mesh,
             in_specs=(P(), P('data')),
             out_specs=P(),
@@ -279,7 +280,9 @@ def by_hand(method: str) -> tuple[Any, list[bool]]:
         ('vsam', True, False),
         ('vsam', False, False),
         ('vsam', True, True),
-        *((method, False, True) for method in METHODS),
+        ('vsam', False, True),
+        ('asam', False, True),
+        ('looksam', False, True),
     ],
 )
 @pytest.mark.usefixtures('x64')
@@ -292,7 +295,7 @@ def test_devices_share_a_perturbation_or_have_one_each(method, planned, per_devi
 
 @pytest.mark.usefixtures('x64')
 def test_the_two_choices_differ():
-    shared, own = on_one_device('sam')[0][0], by_hand('sam')[0][0]
+    shared, own = on_one_device('vsam')[0][0], by_hand('vsam')[0][0]
     assert optax.tree.norm(optax.tree.sub(shared, own)) > 1e-3
 
 
@@ -300,7 +303,7 @@ def test_the_two_choices_differ():
 @pytest.mark.usefixtures('x64')
 def test_without_vma_checks_all_devices_hold_the_same_bits(per_device):
     tx = optimizer('vsam', axis_name='data', per_device=per_device)
-    step = jax.jit(mapped_step(tx, cast=False, check_vma=False))
+    step = jax.jit(mapped_step(tx, axes=None, check_vma=False))
     run = train(step, first_state(tx), batches())
     for leaf in jax.tree.leaves(run[0]):
         copies = {np.asarray(s.data).tobytes() for s in leaf.addressable_shards}
@@ -314,9 +317,7 @@ def test_without_vma_checks_all_devices_hold_the_same_bits(per_device):
 @pytest.mark.usefixtures('x64')
 def test_axis_name_works_under_pmap_and_vmap(mapping, per_device):
     tx = optimizer('vsam', axis_name='data', per_device=per_device)
-    step = mapping(
-        own_step(tx, cast=False), axis_name='data', in_axes=(None, 0), out_axes=None
-    )
+    step = mapping(own_step(tx), axis_name='data', in_axes=(None, 0), out_axes=None)
     shares = [
         jax.tree.map(lambda a: a.reshape(8, -1, *a.shape[1:]), batch)
         for batch in batches()
@@ -339,28 +340,22 @@ def test_gradients_that_are_means_already_need_no_axis_name():
 
 @pytest.mark.usefixtures('x64')
 def test_several_axes_and_a_frozen_tensor():
-    """A tensor that is not perturbed has a second gradient of its own all the same."""
-    mask = [False, True, True, True, True, True]
-    runs = []
-    for mesh, axes in (((8,), 'data'), ((4, 2), ('host', 'data'))):
-        names = axes if isinstance(axes, tuple) else (axes,)
-        mesh = jax.make_mesh(mesh, names, axis_types=(AxisType.Auto,) * len(names))
-        tx = optimizer('sam', axis_name=axes, per_device=True, perturb_mask=mask)
+    """What is not perturbed has a second gradient on each device all the same."""
+    settings = {'per_device': True, 'perturb_mask': [False] + 5 * [True]}
+    data = batches()[:3]
+    tx = optimizer('sam', axis_name='data', **settings)
+    # Under vmap no gradient is summed by itself.
+    step = jax.vmap(own_step(tx), axis_name='data', in_axes=(None, 0), out_axes=None)
+    shares = [jax.tree.map(lambda a: a.reshape(8, 2, -1), batch) for batch in data]
+    one_axis = train(jax.jit(step), first_state(tx), shares)
 
-        def own(state, batch, tx=tx, axes=axes):
-            params, opt_state = state
-            grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
-            updates, opt_state = tx.update(
-                grad_fn(jax.lax.pcast(params, axes, to='varying')),
-                opt_state,
-                params,
-                grad_fn=grad_fn,
-            )
-            return (optax.apply_updates(params, updates), opt_state), 0.0
-
-        step = jax.shard_map(own, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P())
-        runs.append(train(jax.jit(step), first_state(tx), batches()[:3]))
-    assert_same_run(*runs)
+    axes = ('host', 'data')
+    tx = optimizer('sam', axis_name=axes, **settings)
+    mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Auto,) * 2)
+    step = jax.shard_map(
+        own_step(tx, axes), mesh=mesh, in_specs=(P(), P(axes)), out_specs=P()
+    )
+    assert_same_run(train(jax.jit(step), first_state(tx), data), one_axis)
 
 
 def test_a_gradient_that_was_summed_over_the_devices_is_refused():
@@ -369,7 +364,7 @@ def test_a_gradient_that_was_summed_over_the_devices_is_refused():
     x, y = problems.mlp_batches(1)[0]
     with pytest.raises(ValueError, match=r"updates must be each device's own.*pcast"):
         jax.eval_shape(
-            mapped_step(tx, cast=False),
+            mapped_step(tx, axes=None),
             (params, tx.init(params)),
             (x, jax.nn.one_hot(y, 3)),
         )

@@ -1,5 +1,6 @@
 """Many devices: shardings, mapped axes, several processes, other platforms."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -36,8 +37,6 @@ METHODS: dict[str, Any] = {
     'looksam': functools.partial(vsam_jax.looksam, 0.1, every=3),
     'random_sam': functools.partial(vsam_jax.random_sam, 0.1, window=WINDOW),
 }
-
-both_ways = pytest.mark.parametrize('planned', [True, False], ids=['planned', 'traced'])
 
 
 def optimizer(method: str, **settings: Any) -> optax.GradientTransformationExtraArgs:
@@ -385,57 +384,49 @@ def test_wrong_axis_arguments_are_named(method):
 # --- Several processes --------------------------------------------------------
 
 
-def free_port() -> int:
+def free_port() -> str:
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
+        return str(s.getsockname()[1])
 
 
-@pytest.fixture(scope='module')
-def two_processes(tmp_path_factory) -> list[dict[str, Any]]:
-    """What each of two processes that train together has to report."""
-    folder = tmp_path_factory.mktemp('two_processes')
+def reports_of_two_processes(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """What each of two processes that train together has to say."""
     root = pathlib.Path(__file__).parent.parent
     port = free_port()
     outputs = [folder / f'{i}.json' for i in range(2)]
-    logs = [(folder / f'{i}.log').open('w+') for i in range(2)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, '-m', 'tests.two_processes', str(port), str(i), output],
-            cwd=root,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        for i, (output, log) in enumerate(zip(outputs, logs, strict=True))
-    ]
-    try:
+    logs = [folder / f'{i}.log' for i in range(2)]
+    with contextlib.ExitStack() as stack:
+        workers = []
+        for i in range(2):
+            worker = subprocess.Popen(
+                [sys.executable, '-m', 'tests.two_processes', port, str(i), outputs[i]],
+                cwd=root,
+                stdout=stack.enter_context(logs[i].open('w')),
+                stderr=subprocess.STDOUT,
+            )
+            stack.callback(worker.wait)
+            stack.callback(worker.kill)
+            workers.append(worker)
         for worker, log in zip(workers, logs, strict=True):
             # A deadlock ends here.
-            code = worker.wait(timeout=240)
-            log.seek(0)
-            assert code == 0, log.read()
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-        for log in logs:
-            log.close()
+            assert worker.wait(timeout=240) == 0, log.read_text()
     return [json.loads(output.read_text()) for output in outputs]
 
 
-@pytest.mark.parametrize('layout', ['fsdp', 'per_device'])
-@both_ways
 @pytest.mark.usefixtures('x64')
-def test_two_processes_train_together(two_processes, layout, planned):
-    way = 'planned' if planned else 'traced'
-    first, second = (report[f'{layout} {way}'] for report in two_processes)
-    assert first['bits'] == second['bits']
-    assert first['plans'] == second['plans']
-    assert first['sampled'] == second['sampled']
-    state, sampled = (by_hand if layout == 'per_device' else on_one_device)('vsam')
-    assert first['sampled'] == sampled
-    for a, b in zip(first['params'], state[0], strict=True):
-        np.testing.assert_allclose(np.array(a), b, rtol=1e-11, atol=1e-12)
+def test_two_processes_train_together(tmp_path):
+    reports = reports_of_two_processes(tmp_path)
+    for layout in ('fsdp', 'per_device'):
+        reference = by_hand if layout == 'per_device' else on_one_device
+        state, sampled = reference('vsam')
+        for way in ('planned', 'traced'):
+            first, second = (report[f'{layout} {way}'] for report in reports)
+            assert first['plans'] == second['plans']
+            assert first['sampled'] == second['sampled'] == sampled
+            assert first['bits'] == second['bits']
+            params = [np.array(p) for p in first['params']]
+            assert_same_run((params, sampled), (state[0], sampled))
 
 
 # --- Other platforms ----------------------------------------------------------

@@ -1,5 +1,6 @@
 """Small problems and reference code that several tests use."""
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -10,6 +11,28 @@ import numpy as np
 import optax
 
 import vsam_jax
+
+# Every method by name, with windows that a short run goes through; rho is left open.
+# The last one has no name in the library: it is put together from parts.
+METHODS = {
+    'vsam': functools.partial(
+        vsam_jax.vsam, window=6, segments=3, warmup_steps=3, variance_gain=1.0
+    ),
+    'sam': vsam_jax.sam,
+    'asam': functools.partial(vsam_jax.asam, eta=0.01),
+    'looksam': functools.partial(vsam_jax.looksam, every=3),
+    'random_sam': functools.partial(vsam_jax.random_sam, window=5),
+    'random_sam_without_reuse': functools.partial(
+        vsam_jax.random_sam, reuse_psf=False, window=5
+    ),
+    'asam_every_third_step_decayed': lambda rho, **kwargs: vsam_jax.sharpness_aware(
+        vsam_jax.perturbation.elementwise_ascent(),
+        vsam_jax.sampling.Periodic(3),
+        vsam_jax.reuse.DecayedDifference(decay=0.7, reuse_steps=2),
+        rho,
+        **kwargs,
+    ),
+}
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
@@ -43,6 +66,27 @@ def mlp_batches(n: int, seed: int = 1, size: int = 16, dtype: Any = jnp.float32)
     x = rng.normal(size=(n, size, 6))
     y = rng.integers(0, 3, size=(n, size))
     return [(jnp.asarray(a, dtype), jnp.asarray(b)) for a, b in zip(x, y, strict=True)]
+
+
+def toy_loss(params: Any, batch: jax.Array) -> jax.Array:
+    """Two tensors in a bowl that is no quadratic; compiles in a moment."""
+    shifted = jax.tree.map(lambda w: w - batch, params)
+    quartic = sum(jnp.sum(w**4) for w in jax.tree.leaves(params))
+    return optax.tree.norm(shifted, squared=True) * (1 + 0.1 * quartic)
+
+
+def toy_params(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """Parameters for :func:`toy_loss`."""
+    w = np.random.default_rng(0).normal(size=7)
+    return {
+        'bias': jnp.asarray(w[:3], dtype),
+        'kernel': jnp.asarray(w[3:].reshape(2, 2), dtype),
+    }
+
+
+def toy_batches(n: int, dtype: Any = jnp.float32) -> list[jax.Array]:
+    """n mini-batches for :func:`toy_loss`: where the bottom of the bowl is."""
+    return list(jnp.asarray(np.random.default_rng(1).normal(size=n) * 0.5, dtype))
 
 
 def make_step(tx: optax.GradientTransformation, loss: Any = mlp_loss):

@@ -170,6 +170,13 @@ def resolve_mask(name: str, value: Any, params: PyTree) -> PyTree | None:
 
 def floating_leaves(name: str, tree: PyTree) -> None:
     """Raises where a leaf is no real floating-point array."""
+    if isinstance(tree, optax.LookaheadParams):
+        raise ValueError(
+            f'{name} must be the parameters that the gradient was taken at, got'
+            ' optax.LookaheadParams. Call the sharpness-aware transformation first,'
+            ' direction, s = tx.update(grads, s, params.fast, grad_fn=...), and hand'
+            ' the direction to optax.lookahead(...).update(direction, state, params).'
+        )
     masked = [
         path
         for path, node in jax.tree_util.tree_leaves_with_path(

@@ -275,7 +275,9 @@ def _check_update(
         raise ValueError(
             'grad_fn must be a function that maps parameters to the gradient of'
             ' the same mini-batch, got None. Call tx.update(grads, state, params,'
-            ' grad_fn=lambda p: jax.grad(loss)(p, batch)).'
+            ' grad_fn=lambda p: jax.grad(loss)(p, batch)). A wrapper that passes no'
+            ' extra arguments on (optax.lookahead, MultiSteps.gradient_transformation)'
+            ' goes after it, not around it.'
         )
     _checks.floating_leaves('params', params)
     _checks.same_tree('updates', updates, 'params', params, dtypes=False)

@@ -1,0 +1,291 @@
+"""The methods of the family: each is what its paper says, and one code runs all."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vsam_jax
+from tests import problems
+from vsam_jax import perturbation, reuse, sampling
+
+# --- Independent references ---------------------------------------------------
+
+
+class Quartic:
+    """L(w) = ½ wᵀAw + Σ w⁴/4 + bᵀw on a vector, gradients written by hand."""
+
+    def __init__(self, size=7, steps=24, seed=0):
+        rng = np.random.default_rng(seed)
+        root = rng.normal(size=(size, size))
+        self.matrix = root @ root.T / size
+        self.linear = rng.normal(size=(steps, size))  # A mini-batch each.
+        self.start = rng.normal(size=size)
+
+    def grad(self, w, step):
+        return self.matrix @ w + w**3 + self.linear[step]
+
+    def split(self, w):
+        """The vector as a tree with two tensors."""
+        return {'kernel': jnp.reshape(w[:4], (2, 2)), 'bias': jnp.asarray(w[4:])}
+
+    def run(self, method, learning_rate=0.05):
+        """The parameters after each step of plain SGD on the directions."""
+
+        @jax.jit
+        def update(params, state, linear):
+            def grad_fn(p):
+                w = jnp.concatenate([p['kernel'].ravel(), p['bias']])
+                return self.split(self.matrix @ w + w**3 + linear)
+
+            direction, state = method.update(
+                grad_fn(params), state, params, grad_fn=grad_fn
+            )
+            step = lambda p, d: p - learning_rate * d
+            return jax.tree.map(step, params, direction), state
+
+        params = self.split(self.start)
+        state = method.init(params)
+        path = []
+        for linear in self.linear:
+            params, state = update(params, state, linear)
+            path.append(np.concatenate([params['kernel'].ravel(), params['bias']]))
+        return np.array(path), state
+
+
+def looksam_reference(problem, *, rho, every, gain, learning_rate=0.05):
+    """LookSAM from its definition, on vectors, in NumPy."""
+    w, orthogonal, path = problem.start.copy(), None, []
+    for step in range(len(problem.linear)):
+        g = problem.grad(w, step)
+        if step % every == 0:
+            direction = problem.grad(w + rho * g / np.linalg.norm(g), step)
+            cosine = direction @ g / np.linalg.norm(direction) / np.linalg.norm(g)
+            along = np.linalg.norm(direction) * cosine * g / np.linalg.norm(g)
+            orthogonal = direction - along
+        else:
+            ratio = np.linalg.norm(g) / np.linalg.norm(orthogonal)
+            direction = g + gain * ratio * orthogonal
+        w = w - learning_rate * direction
+        path.append(w)
+    return np.array(path)
+
+
+def asam_reference(problem, *, rho, scale, learning_rate=0.05):
+    """ASAM from its definition, with T = diag(scale(w))."""
+    w, path = problem.start.copy(), []
+    for step in range(len(problem.linear)):
+        g, t = problem.grad(w, step), scale(w)
+        epsilon = rho * t**2 * g / np.linalg.norm(t * g)
+        w = w - learning_rate * problem.grad(w + epsilon, step)
+        path.append(w)
+    return np.array(path)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('every', [2, 5])
+def test_looksam_is_its_definition(every):
+    problem = Quartic()
+    path, state = problem.run(vsam_jax.looksam(0.3, every=every, gain=0.7))
+    expected = looksam_reference(problem, rho=0.3, every=every, gain=0.7)
+    np.testing.assert_allclose(path, expected, rtol=0, atol=1e-12)
+    assert int(state.num_samples) == -(-len(path) // every)
+
+
+@pytest.mark.usefixtures('x64')
+def test_looksam_on_every_step_is_sam_and_stores_nothing():
+    path, state = Quartic().run(vsam_jax.looksam(0.3, every=1))
+    expected, _ = Quartic().run(vsam_jax.sam(0.3))
+    np.testing.assert_array_equal(path, expected)
+    assert state.psf is None
+
+
+@pytest.mark.usefixtures('x64')
+def test_the_orthogonal_part_put_back_on_a_sampled_step_is_sam():
+    rule = vsam_jax.sharpness_aware(
+        perturbation.l2_ascent,
+        sampling.Periodic(1),
+        reuse.RescaledOrthogonal(gain=0.7),
+        0.3,
+    )
+    expected, _ = Quartic().run(vsam_jax.sam(0.3))
+    np.testing.assert_allclose(Quartic().run(rule)[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize(
+    ('kwargs', 'scale'),
+    [
+        ({}, np.abs),
+        ({'eta': 0.01}, lambda w: np.abs(w) + 0.01),
+        (
+            {'eta': 0.01, 'scale_mask': perturbation.all_but_biases},
+            lambda w: np.where(np.arange(7) < 4, np.abs(w) + 0.01, 1.0),
+        ),
+        (
+            {'scale_mask': {'kernel': True, 'bias': False}},
+            lambda w: np.where(np.arange(7) < 4, np.abs(w), 1.0),
+        ),
+    ],
+    ids=['default', 'eta', 'as the authors', 'mask'],
+)
+def test_asam_is_its_definition(kwargs, scale):
+    problem = Quartic()
+    path, _ = problem.run(vsam_jax.asam(0.5, **kwargs))
+    expected = asam_reference(problem, rho=0.5, scale=scale)
+    np.testing.assert_allclose(path, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('moves', [False, True])
+def test_tensors_of_zeros_are_perturbed_by_the_authors_asam_alone(moves):
+    kwargs = {'eta': 0.01, 'scale_mask': perturbation.all_but_biases} if moves else {}
+    params = {'kernel': jnp.zeros(2), 'bias': jnp.zeros(2), 'scale': jnp.ones(2)}
+    grads = jax.tree.map(jnp.ones_like, params)
+    rule = perturbation.elementwise_ascent(**kwargs)
+    epsilon = rule(grads, params, jnp.array(0.1))
+    assert bool((epsilon['kernel'] != 0).all()) == moves
+    assert bool((epsilon['bias'] != 0).all()) == moves
+    assert bool((epsilon['scale'] != 0).all())
+
+
+def test_asam_masks_work_beside_each_other():
+    frozen = {'kernel': True, 'bias': False, 'scale': True}
+    tx = vsam_jax.asam(0.1, scale_mask=perturbation.all_but_biases, perturb_mask=frozen)
+    params = {'kernel': jnp.ones(2), 'bias': jnp.ones(2), 'scale': jnp.ones(2)}
+    seen = []
+
+    def grad_fn(p):
+        seen.append(p)
+        return jax.tree.map(jnp.ones_like, p)
+
+    tx.update(params, tx.init(params), params, grad_fn=grad_fn)
+    np.testing.assert_array_equal(seen[0]['bias'], 1.0)
+    assert bool((seen[0]['kernel'] > 1).all())
+
+
+def test_a_wrong_scale_mask_is_named():
+    with pytest.raises(TypeError, match=r'scale_mask must be .* holds 1\.0'):
+        vsam_jax.asam(scale_mask={'kernel': 1.0})
+    tx = vsam_jax.asam(scale_mask={'bias': True})
+    w = {'kernel': jnp.ones(2)}
+    with pytest.raises(ValueError, match='scale_mask must have the structure'):
+        tx.update(w, tx.init(w), w, grad_fn=lambda p: p)
+
+
+@pytest.mark.parametrize('rate', [0.1, 0.5, 0.9, 1.0])
+def test_random_sam_samples_at_its_rate(rate):
+    rule = sampling.AtRandom(rate=rate, window=2000, seed=0)
+    plans = np.stack([rule.plan(jnp.array(0.0), jnp.array(i)) for i in range(2)])
+    # Four standard deviations of a binomial share of 4,000 draws.
+    tolerance = 4 * np.sqrt(rate * (1 - rate) / plans.size)
+    assert abs(plans.mean() - rate) <= tolerance
+    assert rate == 1 or (plans[0] != plans[1]).any()
+
+
+def test_random_sam_draws_a_new_plan_for_every_window():
+    tx = vsam_jax.random_sam(0.1, rate=0.4, window=5)
+    step = jax.jit(problems.make_step(tx, problems.toy_loss))
+    params = problems.toy_params()
+    state = (params, tx.init(params))
+    taken = []
+    for batch in problems.toy_batches(1) * 15:
+        state, _ = step(state, batch)
+        taken.append(bool(state[1].sampled))
+    rule = sampling.AtRandom(rate=0.4, window=5, seed=0)
+    plans = [rule.plan(jnp.array(0.0), jnp.array(i)) for i in range(3)]
+    np.testing.assert_array_equal(taken, np.concatenate(plans))
+
+
+# --- What all of them share ---------------------------------------------------
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('name', problems.METHODS)
+def test_planned_and_traced_give_the_same_run(name):
+    tx = optax.chain(problems.METHODS[name](0.1), optax.sgd(0.1, momentum=0.9))
+    params = problems.toy_params(jnp.float64)
+    step = problems.make_step(tx, problems.toy_loss)
+    traced_step = jax.jit(step)
+    planned_step = vsam_jax.PlannedStep(step, donate_state=False)
+    traced = planned = (params, tx.init(params))
+    for batch in problems.toy_batches(14, jnp.float64):
+        traced, _ = traced_step(traced, batch)
+        planned, _ = planned_step(planned, batch)
+    compare = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
+    jax.tree.map(compare, traced, planned)
+    state = vsam_jax.find_state(planned)
+    always = name in ('sam', 'asam')
+    assert (int(state.num_samples) == 14) == always
+
+
+@pytest.mark.parametrize('name', problems.METHODS)
+def test_methods_that_reuse_nothing_store_no_psf(name):
+    params = problems.mlp_params()
+    state = problems.METHODS[name](0.1).init(params)
+    reuses_nothing = name in ('sam', 'asam', 'random_sam_without_reuse')
+    assert (state.psf is None) == reuses_nothing
+    size = sum(leaf.size for leaf in jax.tree.leaves(state))
+    assert (size < sum(p.size for p in params)) == reuses_nothing
+
+
+@pytest.mark.parametrize('name', problems.METHODS)
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_a_sample_that_is_not_finite_shows_once_and_leaves_no_trace(name, bad):
+    tx = problems.METHODS[name](0.1)
+    params = problems.toy_params()
+    grad_fn = lambda p: jax.tree.map(lambda x: x**3 + 1, p)
+
+    def poisoned(p):
+        return jax.tree.map(lambda x: x.at[0].set(bad), grad_fn(p))
+
+    grads = grad_fn(params)
+    good = tx.update(grads, tx.init(params), params, grad_fn=grad_fn, sample=True)[1]
+    direction, after = tx.update(grads, good, params, grad_fn=poisoned, sample=True)
+    is_finite = lambda tree: bool(jnp.isfinite(optax.tree.sum(tree)))
+    assert not is_finite(direction)
+    jax.tree.map(np.testing.assert_array_equal, after.psf, good.psf)
+    jax.tree.map(np.testing.assert_array_equal, after.rings, good.rings)
+    assert int(after.age) == 1
+    assert int(after.num_rejected) == 1
+    direction, _ = tx.update(grads, after, params, sample=False)
+    assert is_finite(direction)
+
+
+@pytest.mark.parametrize('name', problems.METHODS)
+def test_a_gradient_of_zeros_gives_a_direction_of_zeros(name):
+    tx = problems.METHODS[name](0.1)
+    params = problems.toy_params()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = tx.init(params)
+    for sample in (True, False):
+        direction, state = tx.update(
+            zeros, state, params, grad_fn=lambda p: zeros, sample=sample
+        )
+        jax.tree.map(np.testing.assert_array_equal, direction, zeros)
+    assert int(state.num_rejected) == 0
+
+
+@pytest.mark.parametrize('size', [1, 1000])
+def test_looksam_adds_nothing_where_no_orthogonal_part_exists(size):
+    """On a bowl g_SAM is parallel to g: what is left is rounding error."""
+    tx = vsam_jax.looksam(0.1, every=2)
+    params = jax.random.normal(jax.random.key(0), (size,))
+    grad_fn = lambda w: 3 * w
+    grads = grad_fn(params)
+    _, state = tx.update(grads, tx.init(params), params, grad_fn=grad_fn, sample=True)
+    direction, _ = tx.update(grads, state, params, sample=False)
+    np.testing.assert_array_equal(direction, grads)
+    assert int(state.num_rejected) == 0
+
+
+def test_the_second_gradient_of_random_sam_without_reuse_lasts_one_step():
+    tx = vsam_jax.random_sam(0.1, reuse_psf=False)
+    params, grad_fn = jnp.ones(2), lambda w: w**3
+    _, state = tx.update(
+        params**3, tx.init(params), params, grad_fn=grad_fn, sample=True
+    )
+    direction, _ = tx.update(params**3, state, params, sample=False)
+    np.testing.assert_array_equal(direction, params**3)

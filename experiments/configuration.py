@@ -34,6 +34,7 @@ FIELDS = (
     'dispatch',
     'log_every',
     'eval_every',
+    'checkpoint_every',
 )
 PLANS = ('compare', 'tune')
 DISPATCHES = ('planned', 'traced')
@@ -103,10 +104,13 @@ def check(config: Any) -> None:
     pick('config.dispatch', dict.fromkeys(DISPATCHES), config.dispatch)
     pick('config.method', config.methods, config.method)
     pick('config.model', config.models, config.model)
-    for name in ('epochs', 'batch_size', 'log_every', 'eval_every'):
-        value = config[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f'config.{name} must be an integer >= 1, got {value!r}.')
+    integers = ('epochs', 'batch_size', 'log_every', 'eval_every', 'checkpoint_every')
+    for name in integers:
+        value, low = config[name], 0 if name == 'checkpoint_every' else 1
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(
+                f'config.{name} must be an integer >= {low}, got {value!r}.'
+            )
     if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
         raise ConfigError(
             f'config.seed must be an integer in [0, 2**32), got {config.seed!r}.'

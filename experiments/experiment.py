@@ -74,7 +74,8 @@ class Experiment:
             self.num_steps,
         )
         train_step = _recorded(
-            self.method.make_step(_loss_fn(self.model, config.label_smoothing))
+            self.method.make_step(_loss_fn(self.model, config.label_smoothing)),
+            has_plan=bool(self.method.programs),
         )
         self.step: Any
         if self.method.programs and config.dispatch == 'planned':
@@ -133,11 +134,11 @@ class Experiment:
 
     def counts(self, state: RunState) -> dict[str, int]:
         """How many steps of the run so far were sampled, and how many in vain."""
-        found = {
-            name: optax.tree.get(state.opt_state, name, 0)
-            for name in ('num_samples', 'num_rejected')
-        }
-        return {name: int(count) for name, count in jax.device_get(found).items()}
+        counts = {'num_samples': 0, 'num_rejected': 0}
+        if self.method.programs:
+            numbers = jax.device_get(vsam_jax.metrics(state.opt_state))
+            counts = {name: int(numbers[name]) for name in counts}
+        return counts
 
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Accuracies and losses on the examples held back."""
@@ -200,23 +201,17 @@ def smooth_labels(labels: jax.Array, num_classes: int, share: float) -> jax.Arra
     return one_hot * (1 - share) + (1 - one_hot) * (share / (num_classes - 1))
 
 
-def _recorded(train_step: Any) -> Any:
+def _recorded(train_step: Any, has_plan: bool) -> Any:
     """The same step, which also writes a row of ``state.record``."""
 
     def recorded_step(
         state: RunState, batch: Any, *, sample: Any = None
     ) -> tuple[RunState, None]:
         new, aux = train_step(state, batch, sample=sample)
-        # Methods without a VSAMState have no such numbers.
-        values = {
-            name: aux[name]
-            if name in aux
-            else optax.tree.get(new.opt_state, name, jnp.nan)
-            for name in COLUMNS
-        }
-        row = jnp.stack([jnp.asarray(values[name], jnp.float32) for name in COLUMNS])
-        record = state.record.at[state.step % state.record.shape[0]].set(row)
-        return new.replace(record=record), None
+        numbers = aux | (vsam_jax.metrics(new.opt_state) if has_plan else {})
+        row = [jnp.asarray(numbers.get(name, jnp.nan), jnp.float32) for name in COLUMNS]
+        index = state.step % state.record.shape[0]
+        return new.replace(record=state.record.at[index].set(jnp.stack(row))), None
 
     return recorded_step
 

@@ -36,6 +36,31 @@ def _norm(train: bool, **kwargs: Any) -> nn.BatchNorm:
     )
 
 
+class MLP(nn.Module):
+    """Dense layers with BatchNorm: what compiles in no time.
+
+    Attributes:
+        num_classes: the number of logits.
+        width: units of a hidden layer.
+        depth: how many hidden layers.
+        dtype: what dense layers compute in.
+    """
+
+    num_classes: int
+    width: int = 32
+    depth: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Logits [batch, classes] of images [batch, height, width, channels]."""
+        x = x.reshape(x.shape[0], -1)
+        for _ in range(self.depth):
+            x = nn.Dense(self.width, use_bias=False, dtype=self.dtype)(x)
+            x = nn.relu(_norm(train)(x))
+        return nn.Dense(self.num_classes, dtype=jnp.float32)(x)
+
+
 class CNN(nn.Module):
     """Four convolutions with BatchNorm for small images, pooled once between.
 
@@ -106,6 +131,12 @@ class SmallResNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=jnp.float32)(x)
 
 
+def _mlp(
+    num_classes: int, width: int = 32, depth: int = 1, dtype: str = 'float32'
+) -> nn.Module:
+    return MLP(num_classes, width, depth, jnp.dtype(dtype))
+
+
 def _cnn(num_classes: int, width: int = 32, dtype: str = 'float32') -> nn.Module:
     return CNN(num_classes, width, jnp.dtype(dtype))
 
@@ -117,6 +148,7 @@ def _small_resnet(
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    'mlp': _mlp,
     'cnn': _cnn,
     'small_resnet': _small_resnet,
 }

@@ -61,7 +61,8 @@ class _RichBar(Bar):
         if not self._console.is_terminal and now - self._last > _PATIENCE:
             self._last = now
             share = self.done / max(self._total, 1)
-            self._console.print(f'{self._title} {share:4.0%} {text}', highlight=False)
+            line = f'{self._title} {share:4.0%} {text}'
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

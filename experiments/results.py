@@ -4,6 +4,7 @@
 ``result.json``       settings, accuracies, times; there once a run is finished
 ``log.jsonl``         one line per logging interval: means, accuracies, speed
 ``trace.jsonl``       one line per interval with a list of numbers of each step
+``checkpoints/``      the last complete checkpoint, where the settings ask for any
 ====================  ==========================================================
 """
 
@@ -28,6 +29,7 @@ from experiments import configuration
 RESULT = 'result.json'
 LOG = 'log.jsonl'
 TRACE = 'trace.jsonl'
+CHECKPOINTS = 'checkpoints'
 
 
 def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+import vsam_jax
 from experiments import configuration, progress, results
 from experiments.experiment import COLUMNS, Experiment, RunState
 
@@ -29,6 +30,9 @@ def train(
     bar: progress.Bar | None = None,
 ) -> dict[str, Any]:
     """Runs a configuration, unless its result is there already.
+
+    A run that was interrupted goes on from its last complete checkpoint, and ends
+    as it would have without the interruption.
 
     Args:
         config: the configuration, see :mod:`experiments.configuration`.
@@ -43,7 +47,7 @@ def train(
 
     Raises:
         ConfigError: for settings that cannot be meant, a workdir that cannot be
-            written, or one that holds a finished run with other settings.
+            written, or one that holds a run with other settings.
     """
     configuration.check(config)
     path = results.open_workdir(workdir)
@@ -80,39 +84,87 @@ def _run(
     batch_of = functools.partial(experiment.batch, dataset.train)
     state = experiment.init(config.seed)
     experiment.compile(state, batch_of(experiment.epoch_order(config.seed, 0), 0))
-    log = results.Lines(path / results.LOG)
-    trace = results.Lines(path / results.TRACE)
+    with _Checkpoints(path, config) as checkpoints:
+        state = checkpoints.restore(state)
+        step = interval_start = int(state.step)
+        bar.advance(step)
+        log = results.Lines(path / results.LOG, keep=step)
+        trace = results.Lines(path / results.TRACE, keep=step)
 
-    start = time.perf_counter()
-    step = interval_start = 0
-    for epoch in range(config.epochs):
-        order = experiment.epoch_order(config.seed, epoch)
-        for index in range(experiment.steps_per_epoch):
-            state, _ = experiment.step(state, batch_of(order, index))
-            bar.advance()
-        step += experiment.steps_per_epoch
-        last = epoch + 1 == config.epochs
-        evaluates = last or (epoch + 1) % config.eval_every == 0
-        if not (evaluates or (epoch + 1) % config.log_every == 0):
-            continue
-        numbers = _read_record(state, interval_start, step)
-        seconds = time.perf_counter() - start
-        entry = {
-            'step': step,
-            'epoch': epoch + 1,
-            'seconds': seconds,
-            'images_per_second': (step - interval_start)
-            * experiment.batch_size
-            / seconds,
-            **{name: float(np.mean(values)) for name, values in numbers.items()},
-        }
-        if evaluates:
-            entry |= experiment.evaluate(state)
-            bar.note(_describe(entry))
-        trace.append({'step': step, **numbers})
-        log.append(entry)
-        interval_start, start = step, time.perf_counter()
+        start = time.perf_counter()
+        for epoch in range(step // experiment.steps_per_epoch, config.epochs):
+            order = experiment.epoch_order(config.seed, epoch)
+            for index in range(experiment.steps_per_epoch):
+                state, _ = experiment.step(state, batch_of(order, index))
+                bar.advance()
+            step += experiment.steps_per_epoch
+            evaluates = _is_due(config.eval_every, epoch, config.epochs)
+            saves = _is_due(config.checkpoint_every, epoch, config.epochs)
+            if not (evaluates or saves or _is_due(config.log_every, epoch)):
+                continue
+            # The only place where the host waits for the device, but for plans.
+            numbers = _read_record(state, interval_start, step)
+            seconds = time.perf_counter() - start
+            images = (step - interval_start) * experiment.batch_size
+            entry = {
+                'step': step,
+                'epoch': epoch + 1,
+                'seconds': seconds,
+                'images_per_second': images / seconds,
+                **{name: float(np.mean(values)) for name, values in numbers.items()},
+            }
+            if evaluates:
+                entry |= experiment.evaluate(state)
+                bar.note(_describe(entry))
+            trace.append({'step': step, **numbers})
+            log.append(entry)
+            if saves:
+                checkpoints.save(step, state)
+            interval_start, start = step, time.perf_counter()
     return _measured(experiment, state, log.entries)
+
+
+def _is_due(every: int, epoch: int, epochs: int | None = None) -> bool:
+    """Whether this epoch is one of ``every``, or the last one; 0 means never."""
+    return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
+
+
+class _Checkpoints:
+    """The checkpoints of a run; none if ``config.checkpoint_every`` is 0."""
+
+    def __init__(self, path: pathlib.Path, config: Any):
+        self._settings = configuration.of_run(config)
+        self._manager: Any = None
+        if config.checkpoint_every:
+            # Takes seconds to import.
+            import orbax.checkpoint as ocp
+
+            self._manager = ocp.CheckpointManager(
+                (path / results.CHECKPOINTS).absolute(),
+                options=ocp.CheckpointManagerOptions(max_to_keep=1),
+            )
+
+    def __enter__(self) -> '_Checkpoints':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._manager is not None:
+            self._manager.close()
+
+    def restore(self, state: RunState) -> RunState:
+        """The state of the last complete checkpoint, ``state`` if there is none."""
+        if self._manager is None or self._manager.latest_step() is None:
+            return state
+        try:
+            return vsam_jax.checkpoint.restore(
+                self._manager, state, config=self._settings
+            )
+        except ValueError as error:
+            raise configuration.ConfigError(str(error)) from error
+
+    def save(self, step: int, state: RunState) -> None:
+        """Saves in the background."""
+        vsam_jax.checkpoint.save(self._manager, step, state, config=self._settings)
 
 
 def _read_record(state: RunState, start: int, end: int) -> dict[str, np.ndarray]:

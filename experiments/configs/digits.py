@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.model = 'cnn'
     config.models = {
+        'mlp': {'width': 64, 'depth': 2, 'dtype': 'float32'},
         'cnn': {'width': 16, 'dtype': 'float32'},
         'small_resnet': {'width': 16, 'blocks': 1, 'dtype': 'float32'},
     }
@@ -63,6 +64,8 @@ def get_config() -> ml_collections.ConfigDict:
     # In epochs (of ten steps).
     config.log_every = 2
     config.eval_every = 2
+    # 0: none, a run takes seconds.
+    config.checkpoint_every = 0
 
     config.compare = {
         # Costs are relative to the first.

@@ -1,0 +1,494 @@
+"""The training programs: data, methods, the trainer, comparisons and figures."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+import vsam_jax
+from experiments import (
+    compare,
+    configuration,
+    data,
+    experiment,
+    methods,
+    models,
+    progress,
+    results,
+)
+from experiments.configs import digits
+from experiments.train import train
+
+
+@pytest.fixture(scope='module')
+def config() -> ml_collections.ConfigDict:
+    """The digits configuration, so small that it trains in no time."""
+    return configuration.with_values(
+        digits.get_config(),
+        {
+            'data.train': 120,
+            'data.validation': 20,
+            'data.test': 30,
+            'model': 'mlp',
+            'models.mlp.width': 8,
+            'models.mlp.depth': 1,
+            'batch_size': 40,
+            'epochs': 4,
+            'methods.vsam.window': 4,
+            'methods.vsam.segments': 2,
+            'methods.vsam.warmup_steps': 3,
+            'optimizer.learning_rate': 0.05,
+        },
+    )
+
+
+@pytest.fixture(scope='module')
+def programs(config) -> experiment.Experiment:
+    """The compiled programs of ``config``, for any seed."""
+    return experiment.Experiment(config)
+
+
+def changed(config: Any, **values: Any) -> ml_collections.ConfigDict:
+    """A copy with other values; a double underscore stands for a dot."""
+    return configuration.with_values(
+        config, {name.replace('__', '.'): value for name, value in values.items()}
+    )
+
+
+# --- Data ---------------------------------------------------------------------
+
+
+def test_exactly_the_asked_share_of_labels_is_wrong_and_follows_from_the_seed():
+    labels = np.arange(1000) % 10
+    noisy = data.flip_labels(labels, 0.4, 10, seed=3)
+    assert np.sum(noisy != labels) == 400
+    assert set(np.unique(noisy)) <= set(range(10))
+    np.testing.assert_array_equal(noisy, data.flip_labels(labels, 0.4, 10, seed=3))
+    assert np.any(noisy != data.flip_labels(labels, 0.4, 10, seed=4))
+    np.testing.assert_array_equal(labels, data.flip_labels(labels, 0.0, 10, seed=3))
+
+
+def test_label_noise_leaves_images_and_held_back_examples_alone():
+    clean = data.digits(100, 50, 60)
+    noisy = clean.with_label_noise(0.5, seed=0)
+    assert int(jnp.sum(noisy.train.labels != clean.train.labels)) == 50
+    assert noisy.train.images is clean.train.images
+    assert noisy.validation is clean.validation
+    assert noisy.test is clean.test
+
+
+def test_splits_of_the_digits_share_no_example():
+    every = data.digits()
+    parts = {
+        name: {image.tobytes() for image in np.asarray(split.images)}
+        for name, split in (
+            ('train', every.train),
+            ('validation', every.validation),
+            ('test', every.test),
+        )
+    }
+    sizes = (every.train.size, every.validation.size, every.test.size)
+    assert sizes == (1000, 297, 500)
+    # No two of scikit-learn's digits are equal, so bytes name an example.
+    assert [len(part) for part in parts.values()] == list(sizes)
+    assert len(set.union(*parts.values())) == sum(sizes)
+    assert every.train.images.dtype == jnp.uint8
+
+
+def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch():
+    order = lambda seed, epoch: np.asarray(
+        data.epoch_order(jax.random.key(seed), epoch, num_examples=60, batch_size=20)
+    )
+    first = order(0, 5)
+    assert first.shape == (3, 20)
+    assert sorted(first.ravel()) == list(range(60))
+    np.testing.assert_array_equal(first, order(0, 5))
+    assert np.any(first != order(0, 6))
+    assert np.any(first != order(1, 5))
+
+
+def test_an_epoch_that_does_not_divide_repeats_no_example():
+    order = data.epoch_order(jax.random.key(0), 0, num_examples=50, batch_size=20)
+    assert order.shape == (2, 20)
+    assert len(np.unique(order)) == 40
+
+
+def test_a_batch_holds_the_named_examples_normalised():
+    dataset = data.digits(100, 20, 20)
+    order = jnp.arange(100).reshape(2, 50)
+    batch = data.take_batch(dataset.train, dataset.mean, dataset.std, order, 1)
+    np.testing.assert_array_equal(batch['index'], np.arange(50, 100))
+    np.testing.assert_array_equal(batch['label'], dataset.train.labels[50:])
+    everything = data.normalize(dataset.train.images, dataset.mean, dataset.std)
+    np.testing.assert_allclose(batch['image'], everything[50:])
+    assert abs(float(everything.mean())) < 1e-4
+    assert abs(float(everything.std()) - 1) < 1e-4
+
+
+# --- Networks and methods -----------------------------------------------------
+
+
+@pytest.mark.parametrize('name', list(models.MODELS))
+def test_networks_compute_in_bfloat16_with_float32_logits_and_batch_norm(name):
+    model = models.create(name, {'width': 2, 'dtype': 'bfloat16'}, num_classes=7)
+    x = jnp.ones((2, 8, 8, 3))
+    init = lambda key: model.init_with_output(key, x, train=True)
+    logits, variables = jax.eval_shape(init, jax.random.key(0))
+    assert isinstance(logits, jax.ShapeDtypeStruct)
+    assert logits.shape == (2, 7)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves((logits, variables))}
+    assert dtypes == {jnp.dtype('float32')}
+    text = jax.jit(lambda v: model.apply(v, x, train=False)).lower(variables).as_text()
+    assert 'bf16' in text
+
+
+@pytest.mark.parametrize('name', ['sgd', 'sam', 'asam', 'looksam', 'vsam'])
+def test_every_method_of_the_configuration_is_made_with_its_settings(config, name):
+    method = methods.create(name, config.methods[name], config.optimizer, num_steps=10)
+    loss = lambda w: jnp.sum(w**4)
+    params = jnp.array([1.0, 2.0])
+
+    @jax.jit
+    def first_update(params):
+        state, grads = method.tx.init(params), jax.grad(loss)(params)
+        return method.tx.update(grads, state, params, grad_fn=jax.grad(loss))
+
+    updates, state = first_update(params)
+    assert bool(method.programs) == (name != 'sgd')
+    optimizer = {**config.optimizer, **config.methods[name].get('optimizer', {})}
+    if name == 'sgd':
+        decayed = jax.grad(loss)(params) + optimizer['weight_decay'] * params
+        np.testing.assert_allclose(
+            updates, -optimizer['learning_rate'] * decayed, rtol=1e-6
+        )
+    else:
+        numbers = vsam_jax.metrics(state)
+        assert int(numbers['num_samples']) == 1
+        assert float(numbers['psf_norm']) > 0
+
+
+def test_a_method_may_have_a_learning_rate_of_its_own(config):
+    settings = {'optimizer': {'learning_rate': 0.5}}
+    own = methods.create('sgd', settings, {**config.optimizer, 'weight_decay': 0.0}, 10)
+    updates, _ = own.tx.update(jnp.ones(2), own.tx.init(jnp.ones(2)), jnp.ones(2))
+    np.testing.assert_allclose(updates, -0.5)
+
+
+def test_the_learning_rate_ends_at_zero():
+    tx = methods.base_optimizer(num_steps=3, learning_rate=1.0, momentum=0.0)
+    state = tx.init(jnp.ones(()))
+    sizes = []
+    for _ in range(4):
+        updates, state = tx.update(jnp.ones(()), state, jnp.ones(()))
+        sizes.append(-float(jnp.asarray(updates)))
+    np.testing.assert_allclose(sizes, [1.0, 0.75, 0.25, 0.0], atol=1e-6)
+
+
+def test_smoothed_labels_spread_the_share_over_the_other_classes():
+    smooth = experiment.smooth_labels(jnp.array([1]), 5, 0.1)
+    np.testing.assert_allclose(smooth, [[0.025, 0.9, 0.025, 0.025, 0.025]], rtol=1e-6)
+
+
+# --- The trainer --------------------------------------------------------------
+
+
+def test_a_result_holds_settings_accuracies_times_and_what_ran(config, tmp_path):
+    result = train(config, tmp_path, bar=progress.Bar())
+    assert result == json.loads((tmp_path / results.RESULT).read_text())
+    assert result['config'] == results.jsonable(configuration.of_run(config))
+    assert result['seed'] == 0
+    assert result['steps'] == 12
+    assert 0 <= result['test_accuracy'] <= 1
+    assert result['best']['validation_accuracy'] >= result['validation_accuracy']
+    assert result['images_per_second'] > 0
+    assert set(result['compile_seconds']) == {'sampled', 'reuse'}
+    assert {'python', 'jax', 'jaxlib', 'optax', 'flax'} <= set(result['versions'])
+    assert result['device']['platform'] == jax.devices()[0].platform
+    assert result['command'].startswith('python')
+    # Epochs 2 and 4 are logged, with the mean of the steps in between; every step
+    # stands in the trace.
+    log = results.read_lines(tmp_path / results.LOG)
+    trace = results.read_lines(tmp_path / results.TRACE)
+    assert log == result['log']
+    assert [entry['step'] for entry in log] == [6, 12]
+    sampled = [value for entry in trace for value in entry['sampled']]
+    assert len(sampled) == 12
+    assert sum(sampled) == result['num_samples']
+    assert result['sampling_rate'] == pytest.approx(result['num_samples'] / 12)
+    assert sum(sampled[:3]) == 3
+    assert sum(sampled[3:7]) == 1  # A budget of 1 in the first window.
+    assert log[0]['loss'] == pytest.approx(np.mean(trace[0]['loss']), rel=1e-6)
+    assert not list(tmp_path.glob('.*'))
+
+
+def test_training_learns(config, tmp_path):
+    config = changed(
+        config,
+        method='sgd',
+        methods__sgd__optimizer__learning_rate=0.1,
+        models__mlp__width=32,
+        epochs=20,
+        label_noise=0.0,
+    )
+    result = train(config, tmp_path, bar=progress.Bar())
+    assert result['log'][-1]['accuracy'] == 1
+    assert result['test_accuracy'] > 0.6
+    assert result['sampling_rate'] == 0
+
+
+def test_planned_and_traced_agree(config, tmp_path):
+    losses = {}
+    for dispatch in configuration.DISPATCHES:
+        path = tmp_path / dispatch
+        train(changed(config, dispatch=dispatch), path, bar=progress.Bar())
+        trace = results.read_lines(path / results.TRACE)
+        losses[dispatch] = [x for entry in trace for x in entry['loss']]
+        losses[dispatch, 'plan'] = [x for entry in trace for x in entry['sampled']]
+    # Convolutions round differently inside a conditional.
+    np.testing.assert_allclose(losses['planned'], losses['traced'], rtol=1e-4)
+    assert losses['planned', 'plan'] == losses['traced', 'plan']
+
+
+def test_seeds_share_compiled_programs_and_differ_in_results(
+    config, programs, tmp_path
+):
+    results_of_seeds = [
+        train(
+            changed(config, seed=seed),
+            tmp_path / f'{seed}',
+            experiment=programs,
+            bar=progress.Bar(),
+        )
+        for seed in (0, 1)
+    ]
+    losses = [result['log'][-1]['loss'] for result in results_of_seeds]
+    assert losses[0] != losses[1]
+    for sample in (True, False):
+        assert programs.step.program(sample)._cache_size() == 1
+
+
+def test_a_seed_gives_the_same_run_again(config, programs, tmp_path):
+    runs = [
+        train(config, tmp_path / name, experiment=programs, bar=progress.Bar())
+        for name in 'ab'
+    ]
+    assert without_times(runs[0]['log']) == without_times(runs[1]['log'])
+
+
+def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    times = {'seconds', 'images_per_second'}
+    return [
+        {key: value for key, value in entry.items() if key not in times}
+        for entry in log
+    ]
+
+
+class _Interrupt(progress.Bar):
+    """A bar that stops the run, as a signal would, after step 11 of 12."""
+
+    def advance(self, steps: int = 1) -> None:
+        super().advance(steps)
+        if self.done == 11:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(config, programs, tmp_path):
+    # The checkpoint is from step 6, in the middle of a window.
+    config = changed(config, checkpoint_every=2, eval_every=4)
+    go = lambda name, bar: train(config, tmp_path / name, experiment=programs, bar=bar)
+    whole = go('whole', progress.Bar())
+    with pytest.raises(KeyboardInterrupt):
+        go('cut', _Interrupt())
+    assert not (tmp_path / 'cut' / results.RESULT).exists()
+    resumed = go('cut', bar := progress.Bar())
+    assert without_times(resumed['log']) == without_times(whole['log'])
+    assert resumed['num_samples'] == whole['num_samples']
+    assert bar.done == 12
+    traces = [
+        results.read_lines(tmp_path / name / results.TRACE) for name in ('whole', 'cut')
+    ]
+    assert traces[0] == traces[1]
+
+    # The checkpoint of the finished run is no start for one with other settings.
+    (tmp_path / 'cut' / results.RESULT).unlink()
+    with pytest.raises(configuration.ConfigError, match='label_noise'):
+        train(
+            changed(config, label_noise=0.1),
+            tmp_path / 'cut',
+            experiment=programs,
+            bar=progress.Bar(),
+        )
+
+
+def test_a_finished_run_is_not_run_again(config, programs, tmp_path):
+    result = train(config, tmp_path, experiment=programs, bar=progress.Bar())
+    bar = progress.Bar()
+    # Settings of methods that the run does not use may change.
+    assert train(changed(config, methods__sam__rho=9.0), tmp_path, bar=bar) == result
+    assert bar.done == 0
+    with pytest.raises(
+        configuration.ConfigError, match=r'(?s)config.epochs is 4 there and 5 here'
+    ):
+        train(changed(config, epochs=5), tmp_path, bar=bar)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'epoch': 3}, r"'epoch', which is not among its fields:.*epochs"),
+        ({'optimizer.lr': 0.1}, r"config.optimizer holds 'lr'.*learning_rate"),
+        ({'methods.vsam.radius': 1.0}, r"config.methods.vsam holds 'radius'.*rho"),
+        ({'models.mlp.blocks': 1}, r"config.models.mlp holds 'blocks'.*width"),
+        ({'data.noise': 0.1}, r"config.data holds 'noise'.*split_seed"),
+        ({'data.name': 'letters'}, r'one of digits, synthetic; got .letters'),
+        ({'method': 'adam'}, r"config.method must be one of .*sgd.*got 'adam'"),
+        ({'dispatch': 'eager'}, r'config.dispatch must be one of planned, traced'),
+        ({'epochs': 0}, r'config.epochs must be an integer >= 1, got 0'),
+        ({'batch_size': 999}, r'config.batch_size must be at most 120'),
+        ({'label_noise': 1.5}, r'config.label_noise must be a share'),
+        ({'methods.vsam.rho': -1.0}, r'config.methods.vsam: rho must be'),
+        ({'data.train': 1790}, r'config.data: .*at most 1797'),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_named(config, tmp_path, change, message):
+    with pytest.raises(configuration.ConfigError, match=message):
+        train(configuration.with_values(config, change), tmp_path, bar=progress.Bar())
+
+
+def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(configuration.ConfigError, match=r'workdir must be .*file/run'):
+        train(config, tmp_path / 'file' / 'run', bar=progress.Bar())
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / 'x.json'
+    results.write_json(path, {'a': float('nan'), 'b': (np.float32(0.5), 1)})
+    assert json.loads(path.read_text()) == {'a': None, 'b': [0.5, 1]}
+    with pytest.raises(TypeError):
+        results.write_json(path, {'a': 1, 'b': object()})
+    assert json.loads(path.read_text()) == {'a': None, 'b': [0.5, 1]}
+    assert [file.name for file in tmp_path.iterdir()] == ['x.json']
+
+
+def test_a_line_that_was_cut_short_and_later_steps_are_dropped(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    lines = results.Lines(path, keep=2)
+    lines.append({'step': 5})
+    assert [entry['step'] for entry in results.read_lines(path)] == [1, 2, 5]
+    assert lines.entries == results.read_lines(path)
+
+
+# --- Comparisons --------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def comparison(config, tmp_path_factory) -> tuple[dict[str, Any], pathlib.Path]:
+    path = tmp_path_factory.mktemp('comparison')
+    summary = compare.compare(
+        config,
+        path,
+        methods=('sgd', 'vsam'),
+        seeds=(0, 1),
+        timing_rounds=2,
+        timing_steps=2,
+    )
+    return summary, path
+
+
+def test_a_comparison_runs_methods_and_seeds_and_says_what_came_out(comparison):
+    summary, path = comparison
+    assert summary == json.loads((path / compare.SUMMARY).read_text())
+    for method in ('sgd', 'vsam'):
+        row = summary['methods'][method]
+        singles = [
+            json.loads((path / method / f'seed{seed}' / results.RESULT).read_text())
+            for seed in (0, 1)
+        ]
+        values = [single['test_accuracy'] for single in singles]
+        assert row['test_accuracy']['values'] == values
+        assert row['test_accuracy']['mean'] == pytest.approx(np.mean(values))
+        assert row['seeds'] == [0, 1]
+    assert summary['methods']['sgd']['relative_time']['median'] == 1
+    assert summary['methods']['sgd']['sampling_rate']['mean'] == 0
+    names = {'sgd/step', 'vsam/sampled', 'vsam/reuse'}
+    assert set(summary['timing']['seconds_per_step']) == names
+
+
+def test_finished_runs_of_a_comparison_are_not_run_again(config, comparison):
+    summary, path = comparison
+    before = {file: file.stat().st_mtime_ns for file in path.glob('*/*/result.json')}
+    assert len(before) == 4
+    again = compare.compare(
+        config,
+        path,
+        methods=('sgd', 'vsam'),
+        seeds=(0, 1),
+        timing_rounds=2,
+        timing_steps=2,
+    )
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert again == summary
+
+
+def test_costs_weigh_sampled_and_reuse_steps_within_a_round():
+    times = {
+        'seconds_per_step': {
+            'sgd/step': [1.0, 2.0, 4.0],
+            'sam/sampled': [2.0, 4.0, 8.0],
+            'vsam/sampled': [2.0, 4.0, 8.0],
+            'vsam/reuse': [1.0, 2.0, 4.0],
+        }
+    }
+    cost = lambda method, rate: compare.relative_cost(method, rate, times, 'sgd')
+    assert cost('sgd', 0.0) == {'median': 1, 'low': 1, 'high': 1}
+    assert cost('sam', 1.0) == {'median': 2, 'low': 2, 'high': 2}
+    assert cost('vsam', 0.25) == {'median': 1.25, 'low': 1.25, 'high': 1.25}
+
+
+def test_the_report_is_a_table_and_two_figures(comparison, tmp_path):
+    summary, _ = comparison
+    files = compare.write_report(summary, tmp_path)
+    assert [file.suffix for file in files] == ['.md', '.png', '.png']
+    lines = files[0].read_text().splitlines()
+    assert len(lines) == 4
+    accuracy = summary['methods']['vsam']['test_accuracy']
+    assert f'{100 * accuracy["mean"]:.1f} ± {100 * accuracy["sd"]:.1f}' in lines[3]
+    assert lines[3].startswith('| vSAM |')
+    for file in files[1:]:
+        assert file.read_bytes().startswith(b'\x89PNG')
+
+
+def test_tuning_judges_on_the_validation_examples_alone(config, tmp_path):
+    tuning = compare.tune(
+        changed(config, epochs=2),
+        tmp_path,
+        seeds=(100, 101),
+        grid=(('sgd', 'optimizer.learning_rate', (1e-4, 0.05), {'label_noise': 0.0}),),
+    )
+    (name,) = tuning['tried']
+    assert name == 'sgd: optimizer.learning_rate, label_noise=0.0'
+    trials = tuning['tried'][name]
+    means = [trial['validation_accuracy']['mean'] for trial in trials]
+    assert tuning['chosen'][name] == trials[int(np.argmax(means))]['value']
+    assert 'test_accuracy' not in json.dumps(trials)
+
+
+def test_seeds_that_are_reported_are_not_tuned_on(config, tmp_path):
+    with pytest.raises(configuration.ConfigError, match=r'both hold \[1\]'):
+        compare.tune(config, tmp_path, seeds=(1, 100), grid=())
+
+
+def test_the_digits_configuration_is_complete_and_its_seeds_are_apart():
+    config = digits.get_config()
+    configuration.check(config)
+    assert not set(config.tune.seeds) & set(config.compare.seeds)
+    assert len(config.compare.seeds) >= 5
+    for method in config.compare.methods:
+        methods.create(method, config.methods[method], config.optimizer, num_steps=10)

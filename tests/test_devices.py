@@ -10,11 +10,13 @@ import subprocess
 import sys
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training import dynamic_scale
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -92,11 +94,13 @@ def on_one_device(method: str) -> tuple[Any, list[bool]]:
     return train(step, first_state(tx), batches())
 
 
-def assert_same_run(run: tuple[Any, list[bool]], other: tuple[Any, list[bool]]):
+def assert_same_run(
+    run: tuple[Any, list[bool]], other: tuple[Any, list[bool]], tolerance: float = 1e-12
+) -> None:
     assert run[1] == other[1]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(
-            np.asarray(a), np.asarray(b), rtol=1e-11, atol=1e-12
+            np.asarray(a), np.asarray(b), rtol=10 * tolerance, atol=tolerance
         ),
         run[0],
         other[0],
@@ -355,6 +359,81 @@ def test_several_axes_and_a_frozen_tensor():
         own_step(tx, axes), mesh=mesh, in_specs=(P(), P(axes)), out_specs=P()
     )
     assert_same_run(train(jax.jit(step), first_state(tx), data), one_axis)
+
+
+class Network(nn.Module):
+    """BatchNorm over all devices of an axis, if there is one."""
+
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        options = {'param_dtype': jnp.float64}
+        norm = nn.BatchNorm(
+            use_running_average=False, axis_name=self.axis_name, **options
+        )
+        x = norm(nn.tanh(nn.Dense(8, **options)(x)))
+        return nn.Dense(3, **options)(x)
+
+
+def flax_run(axis_name: str | None, scaled: bool) -> Any:
+    """Ten steps of the step builder, on one device or under shard_map."""
+    network = Network(axis_name)
+
+    def loss(params, batch_stats, batch, key):
+        x, y = batch
+        variables = {'params': params, 'batch_stats': batch_stats}
+        out, updated = network.apply(variables, x, mutable=['batch_stats'])
+        return jnp.mean((out - y) ** 2), (updated['batch_stats'], out)
+
+    step = vsam_jax.make_train_step(loss, axis_name=axis_name)
+    if axis_name is not None:
+        mesh = jax.make_mesh((8,), (axis_name,), axis_types=(AxisType.Auto,))
+        specs = P(), P(axis_name)
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=specs)
+    state = vsam_jax.TrainState.create(
+        apply_fn=network.apply,
+        **Network(None).init(jax.random.key(0), batches()[0][0]),
+        tx=optimizer('vsam', axis_name=axis_name),
+        dynamic_scale=dynamic_scale.DynamicScale() if scaled else None,
+    )
+    return train(jax.jit(step), state, batches()[:10])
+
+
+# Flax's loss scale brings gradients to float32.
+@pytest.mark.parametrize(('scaled', 'tolerance'), [(False, 1e-12), (True, 1e-6)])
+@pytest.mark.usefixtures('x64')
+def test_the_flax_step_over_devices_is_that_of_one_device(scaled, tolerance):
+    run, reference = flax_run('data', scaled), flax_run(None, scaled)
+    fields = lambda run: (run[0].params, run[0].batch_stats, run[0].opt_state)
+    assert_same_run((fields(run), run[1]), (fields(reference), reference[1]), tolerance)
+
+
+@pytest.mark.usefixtures('x64')
+def test_each_device_has_its_own_dropout_mask():
+    masks = []
+
+    def loss(params, batch_stats, batch, key):
+        # The mask does not depend on the loss: 32 flips of a coin a part.
+        return jnp.sum(params**2), (batch_stats, jax.random.bits(key, (1,)))
+
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+    state = vsam_jax.TrainState.create(
+        apply_fn=lambda: None,
+        params=jnp.ones(2),
+        tx=optimizer('sam', axis_name='data'),
+        dropout_key=jax.random.key(2),
+    )
+    step = jax.shard_map(
+        vsam_jax.make_train_step(loss, axis_name='data', num_micro_batches=2),
+        mesh=mesh,
+        in_specs=(P(), P('data')),
+        out_specs=(P(), P('data')),
+    )
+    for batch in batches()[:2]:
+        state, bits = jax.jit(step)(state, batch)
+        masks += np.asarray(bits).ravel().tolist()
+    assert len(set(masks)) == 2 * 8 * 2
 
 
 def test_a_gradient_that_was_summed_over_the_devices_is_refused():

@@ -7,6 +7,7 @@ Without an axis name all of it does nothing.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 AxisName = str | tuple[str, ...] | None
@@ -14,7 +15,15 @@ AxisName = str | tuple[str, ...] | None
 
 def mean(tree: PyTree, axis_name: AxisName) -> PyTree:
     """The mean over the devices, the same bits on each of them."""
-    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+    if axis_name is None:
+        return tree
+    # Whole numbers and flags (counters) are the same on all devices already.
+    reduce = lambda x: (
+        jax.lax.pmean(x, axis_name)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+        else jax.lax.pmax(x, axis_name)
+    )
+    return jax.tree.map(reduce, tree)
 
 
 def own_copy(params: PyTree, axis_name: AxisName) -> PyTree:

@@ -15,7 +15,7 @@ import optax
 from flax.training import train_state as flax_train_state
 from flax.training.dynamic_scale import DynamicScale
 
-from vsam_jax import _passes
+from vsam_jax import _checks, _collectives, _passes
 from vsam_jax.state import VSAMState
 
 PyTree = Any
@@ -125,6 +125,7 @@ def make_train_step(
     loss_fn: LossFn,
     *,
     num_micro_batches: int = 1,
+    axis_name: _collectives.AxisName = None,
 ) -> Callable[..., tuple[TrainState, Any]]:
     """Builds the training step of a loss that is written once.
 
@@ -140,6 +141,12 @@ def make_train_step(
             part has a dropout mask of its own (the same in both passes), and
             ``aux`` gets a leading axis over the parts. The loop is unrolled on the
             CPU, where XLA has no fast convolution gradients inside loops.
+        axis_name: the mapped axis over the devices, if the step runs once per device
+            (``jax.shard_map``, ``jax.pmap``) and the method was given the same
+            ``axis_name``. Each device has a dropout mask of its own, ``batch_stats``
+            are averaged, and ``aux`` is that of the device's share of the
+            mini-batch. BatchNorm normalizes with the share's statistics unless the
+            model gives it the axis. None where ``jax.jit`` sees all devices.
 
     Returns:
         ``train_step(state, batch, *, sample=None) -> (state, aux)``, pure and not
@@ -181,6 +188,7 @@ def make_train_step(
         (3, ())
     """
     num_micro_batches = _passes.micro_batches(num_micro_batches)
+    axis_name = _checks.axis_name('axis_name', axis_name)
 
     def train_step(
         state: TrainState, batch: Any, *, sample: Any = None
@@ -188,10 +196,12 @@ def make_train_step(
         key = state.dropout_key
         if key is not None:
             key = jax.random.fold_in(key, state.step)
+            if axis_name is not None:
+                key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         passes = _passes.two_passes(
             loss_fn,
-            state.params,
-            state.batch_stats,
+            _collectives.own_copy(state.params, axis_name),
+            _collectives.own_copy(state.batch_stats, axis_name),
             batch,
             key,
             num_micro_batches=num_micro_batches,
@@ -201,10 +211,12 @@ def make_train_step(
             grads=passes.grads,
             grad_fn=passes.grad_fn,
             sample=sample,
-            batch_stats=passes.collections,
+            batch_stats=_collectives.mean(passes.collections, axis_name),
         )
         if state.dynamic_scale is not None:
-            new_state = _skip_overflow(state, new_state, passes.grads)
+            # What overflows on one device is skipped on all of them.
+            grads = _collectives.mean(passes.grads, axis_name)
+            new_state = _skip_overflow(state, new_state, grads)
         return new_state, passes.aux
 
     return train_step

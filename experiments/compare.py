@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
@@ -393,6 +393,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    configuration.define_flags()
-    flags.DEFINE_bool('tune', False, 'Try the settings in config.tune instead.')
-    app.run(main)
+    configuration.run(
+        main,
+        lambda: flags.DEFINE_bool('tune', False, 'Try what config.tune names instead.'),
+    )

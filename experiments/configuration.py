@@ -8,6 +8,7 @@ function takes it, and a misspelt one is an error that lists the right ones.
 import contextlib
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -175,14 +176,33 @@ def differences(old: Any, new: Any, where: str = 'config') -> list[str]:
     return [] if old == new else [f'{where} is {old!r} there and {new!r} here']
 
 
-def define_flags() -> flags.FlagValues:
-    """Defines ``--config`` and ``--workdir``; called by programs, not on import."""
+def run(main: Callable[[Sequence[str]], None], *more_flags: Callable[[], Any]) -> None:
+    """Runs a program with ``--config`` and ``--workdir``; errors name the cause.
+
+    Args:
+        main: what is run, inside of :func:`usage`.
+        *more_flags: define further flags, when they are called.
+    """
+    # Here and not on import: two programs may be imported by one test.
     config_flags.DEFINE_config_file(
         'config', None, 'The configuration file; --config.x=1 overrides a field.'
     )
     flags.DEFINE_string('workdir', None, 'Where logs and results are written.')
     flags.mark_flags_as_required(['config', 'workdir'])
-    return flags.FLAGS
+    for define in more_flags:
+        define()
+    app.run(main, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError) as error:
+        # How ml_collections says that there is no such field, one error in another.
+        cause: Any = error
+        while isinstance(cause, Exception) and cause.args:
+            cause = cause.args[0]
+        sys.exit(f'--config has no such field: {cause}')
 
 
 @contextlib.contextmanager

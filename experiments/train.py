@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import vsam_jax
 from experiments import configuration, progress, results
@@ -232,5 +232,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    configuration.define_flags()
-    app.run(main)
+    configuration.run(main)

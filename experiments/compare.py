@@ -245,52 +245,47 @@ def tune(
             f' {sorted(shared)}.'
         )
     dataset = data.load(config.data)
-    tried: dict[str, list[dict[str, Any]]] = {}
+    tried: dict[str, list[dict[str, Any]]] = {method: [] for method, *_ in grid}
     total = sum(len(values) for _, _, values, _ in grid) * len(seeds)
     with progress.bar(total, f'{config.name} tuning') as bar:
         for method, field, values, others in grid:
-            name = f'{method}: {field}'
-            for other, value in dict(others).items():
-                name += f', {other}={value}'
-            tried[name] = []
             for value in values:
-                setting = configuration.with_values(
-                    config, {'method': method, **dict(others), field: value}
-                )
+                trial = {field: value, **dict(others)}
+                setting = configuration.with_values(config, {'method': method, **trial})
                 experiment = Experiment(setting, dataset)
+                name = ','.join(f'{key}={value}' for key, value in trial.items())
                 runs = []
                 for seed in seeds:
                     runs.append(
                         train(
                             configuration.with_values(setting, {'seed': seed}),
-                            path / name / f'{value}' / f'seed{seed}',
+                            path / method / name / f'seed{seed}',
                             experiment=experiment,
                             bar=progress.Bar(),
                         )
                     )
                     bar.advance()
                 accuracy = results.summary(run['validation_accuracy'] for run in runs)
-                tried[name].append(
+                rate = results.summary(run['sampling_rate'] for run in runs)
+                # Low where wrong labels are learnt by heart.
+                loss = results.summary(run['log'][-1]['loss'] for run in runs)
+                tried[method].append(
                     {
-                        'value': value,
+                        'settings': trial,
                         'validation_accuracy': accuracy,
-                        'sampling_rate': results.summary(
-                            run['sampling_rate'] for run in runs
-                        )['mean'],
-                        # Whether wrong labels are learnt by heart.
-                        'train_loss': results.summary(
-                            run['log'][-1]['loss'] for run in runs
-                        )['mean'],
+                        'sampling_rate': rate['mean'],
+                        'training_loss': loss['mean'],
                     }
                 )
-                bar.note(f'{name} = {value}: {_percent(accuracy)} %')
+                bar.note(f'{method} {name}: {_percent(accuracy)} %')
+    accuracy_of = lambda row: row['validation_accuracy']['mean']
     summary = {
         'name': config.name,
-        'tried': tried,
         'chosen': {
-            name: max(rows, key=lambda row: row['validation_accuracy']['mean'])['value']
-            for name, rows in tried.items()
+            method: max(rows, key=accuracy_of)['settings']
+            for method, rows in tried.items()
         },
+        'tried': tried,
         'seeds': list(seeds),
         'config': configuration.plain(config),
         'command': results.command(),
@@ -371,17 +366,23 @@ def main(arguments: Sequence[str]) -> None:
             )
             rows = [
                 [
-                    name,
-                    str(row['value']),
-                    _percent(row['validation_accuracy']),
-                    f'{row["sampling_rate"]:.2f}',
+                    TITLES[method],
+                    # The last part of a path is what tells settings apart.
+                    ', '.join(
+                        f'{key.rsplit(".", 1)[1]} {value}'
+                        for key, value in trial['settings'].items()
+                    ),
+                    _percent(trial['validation_accuracy']),
+                    f'{trial["sampling_rate"]:.2f}',
+                    'chosen' if trial['settings'] == tuning['chosen'][method] else '',
                 ]
-                for name, trials in tuning['tried'].items()
-                for row in trials
+                for method, trials in tuning['tried'].items()
+                for trial in trials
             ]
-            header = ['Setting', 'Value', 'Validation accuracy, %', 'Sampling rate']
+            header = ['Method', 'Settings', 'Validation accuracy, %', 'Sampling rate']
+            header.append('')
             print_table(f'{len(tuning["seeds"])} seeds each', header, rows)
-            print(f'chosen: {tuning["chosen"]}\nwritten to {path / TUNING}')
+            print(f'written to {path / TUNING}')
             return
         summary = configuration.call(
             compare, 'config.compare', config.compare, config=config, workdir=path

@@ -43,6 +43,7 @@ def config() -> ml_collections.ConfigDict:
             'methods.vsam.segments': 2,
             'methods.vsam.warmup_steps': 3,
             'optimizer.learning_rate': 0.05,
+            'methods.sgd': {},
         },
     )
 
@@ -230,7 +231,7 @@ def test_training_learns(config, tmp_path):
     config = changed(
         config,
         method='sgd',
-        methods__sgd__optimizer__learning_rate=0.1,
+        optimizer__learning_rate=0.1,
         models__mlp__width=32,
         epochs=20,
         label_noise=0.0,
@@ -472,11 +473,21 @@ def test_tuning_judges_on_the_validation_examples_alone(config, tmp_path):
         seeds=(100, 101),
         grid=(('sgd', 'optimizer.learning_rate', (1e-4, 0.05), {'label_noise': 0.0}),),
     )
-    (name,) = tuning['tried']
-    assert name == 'sgd: optimizer.learning_rate, label_noise=0.0'
-    trials = tuning['tried'][name]
+    trials = tuning['tried']['sgd']
+    assert [trial['settings'] for trial in trials] == [
+        {'optimizer.learning_rate': value, 'label_noise': 0.0} for value in (1e-4, 0.05)
+    ]
     means = [trial['validation_accuracy']['mean'] for trial in trials]
-    assert tuning['chosen'][name] == trials[int(np.argmax(means))]['value']
+    assert tuning['chosen'] == {'sgd': trials[int(np.argmax(means))]['settings']}
+    for trial, value in zip(trials, (1e-4, 0.05), strict=True):
+        runs = tmp_path / 'sgd' / f'optimizer.learning_rate={value},label_noise=0.0'
+        accuracies = [
+            json.loads((runs / f'seed{seed}' / results.RESULT).read_text())
+            for seed in (100, 101)
+        ]
+        assert trial['validation_accuracy']['values'] == [
+            accuracy['validation_accuracy'] for accuracy in accuracies
+        ]
     assert 'test_accuracy' not in json.dumps(trials)
 
 

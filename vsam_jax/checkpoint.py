@@ -12,12 +12,12 @@ several hosts) is that of the ``CheckpointManager`` that the caller makes.
 random numbers are a function of the seed and the step. A run that is restored
 in the middle of a window therefore continues bit for bit as the uninterrupted
 one on the CPU, planned (:class:`vsam_jax.PlannedStep`) and traced, if it sees
-the same batches. On a GPU that takes programs that give the same bits twice:
-the same GPU model and versions of jaxlib, CUDA and cuDNN,
-``XLA_FLAGS=--xla_gpu_deterministic_ops=true``, and
-``--xla_gpu_autotune_level=0`` (or a compilation cache that both runs use), since
-autotuning may choose other kernels in the second run. On a TPU the same
-program gives the same bits on the same topology.
+the same batches. On a GPU it takes programs that give the same bits twice: the
+same GPU model, number of GPUs and versions of jaxlib, CUDA and cuDNN, and
+``XLA_FLAGS="--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"``, since
+some kernels add in any order, and autotuning may choose other ones in the second
+run. Without the flags a resumed run differs by rounding, and by a different plan
+once a budget near a whole number falls on its other side.
 
 *Killed while saving.* Orbax writes a checkpoint under another name, or without
 its mark of success, until it is complete; ``manager.latest_step()`` and

@@ -88,6 +88,12 @@ class PlannedStep:
     (Code that copies the whole state between two calls therefore makes the host
     read the plan at every step; ``num_reads`` shows it.)
 
+    *Several processes.* Each of them picks the program by its own copy of the
+    plan, and all pick the same one: the plan is a function of seed, window and
+    budget, and the budget of norms of gradients that were reduced over all
+    devices, which leaves the same bits on each. (Under ``shard_map`` that is what
+    ``axis_name`` is for, see :func:`vsam_jax.vsam`.)
+
     Args:
       train_step: a pure function ``(state, *args, sample) -> (state, anything)``.
         ``state`` is any pytree with exactly one :class:`vsam_jax.VSAMState` in it.

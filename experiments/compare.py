@@ -27,7 +27,17 @@ from experiments.train import train
 SUMMARY = 'compare.json'
 TIMING = 'timing.json'
 TUNING = 'tuning.json'
-BASELINE = 'sgd'
+# What the summary repeats of the logs of the runs.
+_CURVES = (
+    'epoch',
+    'loss',
+    'sampled',
+    'budget',
+    'grad_norm',
+    'psf_norm',
+    'validation_accuracy',
+    'test_accuracy',
+)
 
 
 def compare(
@@ -211,7 +221,13 @@ def _summarize(
         'train_seconds': results.summary(run['train_seconds'] for run in runs),
         'compile_seconds': runs[0]['compile_seconds'],
         'seeds': [run['seed'] for run in runs],
-        'logs': [run['log'] for run in runs],
+        'logs': [
+            [
+                {key: entry[key] for key in _CURVES if key in entry}
+                for entry in run['log']
+            ]
+            for run in runs
+        ],
     }
 
 
@@ -302,12 +318,14 @@ def tune(
 def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of a comparison."""
     baseline = summary['methods'][summary['baseline']]['title']
+    # Narrow enough for a terminal of 80 columns.
     header = [
         'Method',
         'ρ',
-        'Test accuracy, %',
-        f'Time per step ({baseline} = 1)',
-        'Sampling rate',
+        'Accuracy, %',
+        'Best epoch*, %',
+        f'Time ({baseline} = 1)',
+        'Sampled',
     ]
     rows = []
     for method in summary['methods'].values():
@@ -317,7 +335,8 @@ def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 method['title'],
                 str(method['settings'].get('rho', '–')),
                 _percent(method['test_accuracy']),
-                f'{time["median"]:.2f} ({time["low"]:.2f} to {time["high"]:.2f})',
+                _percent(method['best_test_accuracy']),
+                f'{time["median"]:.2f} ({time["low"]:.2f}–{time["high"]:.2f})',
                 f'{method["sampling_rate"]["mean"]:.2f}',
             ]
         )
@@ -330,10 +349,19 @@ def _percent(accuracy: dict[str, Any]) -> str:
     return f'{100 * accuracy["mean"]:.1f}{spread}'
 
 
+FOOTNOTE = (
+    'Accuracy on test examples after the last epoch; * at the epoch that was best on'
+    ' the validation examples, as with early stopping. Time of a training step:'
+    ' median and quartiles of interleaved rounds. Sampled: the share of steps with a'
+    ' second gradient.'
+)
+
+
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table as Markdown."""
+    """The table of a comparison as Markdown."""
     lines = [header, ['---'] * len(header), *rows]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    table = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+    return f'{table}\n{FOOTNOTE}\n'
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -390,6 +418,7 @@ def main(arguments: Sequence[str]) -> None:
     files = write_report(summary, path)
     seeds = len(config.compare.seeds)
     print_table(f'{config.name}: mean ± sd of {seeds} seeds', *rows_of(summary))
+    print(FOOTNOTE)
     print('written to ' + ', '.join(str(file) for file in [path / SUMMARY, *files]))
 
 

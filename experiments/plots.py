@@ -43,11 +43,11 @@ _SETTINGS: Any = {
 
 
 def _figure(
-    width: float, height: float, columns: int
+    width: float, height: float, rows: int = 1, columns: int = 1
 ) -> tuple[matplotlib.figure.Figure, Any]:
     # Not through pyplot, which keeps figures in a global list.
     figure = matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
@@ -58,7 +58,7 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
         path: the PNG to write.
     """
     with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure(6.4, 4.0, 1)
+        figure, axes = _figure(6.8, 4.2)
         for name, method in summary['methods'].items():
             color, marker = STYLES.get(name, _OTHER)
             cost, accuracy = method['relative_time'], method['test_accuracy']
@@ -86,13 +86,13 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
             axes.annotate(
                 f'{method["title"]}\n{y:.1f} %, {x:.2f}×',
                 (x, y),
-                xytext=(12, 0),
+                xytext=(9, -9),
                 textcoords='offset points',
-                va='center',
+                va='top',
                 color=color,
                 fontweight='bold',
             )
-        axes.margins(x=0.25, y=0.12)
+        axes.margins(x=0.2, y=0.15)
         base = summary['methods'][summary['baseline']]['title']
         axes.set_xlabel(f'time per step, as a multiple of {base}')
         axes.set_ylabel('test accuracy, %')
@@ -115,29 +115,37 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
         summary: what :func:`experiments.compare.compare` returns.
         path: the PNG to write.
     """
+    titles = {
+        'test_accuracy': 'test accuracy, %',
+        'sampled': 'steps with a second gradient, %',
+        'grad_norm': 'gradient norm ‖g‖',
+        'psf_norm': 'PSF norm ‖s‖',
+    }
     with matplotlib.rc_context(_SETTINGS):
-        figure, (accuracy, rate, norms) = _figure(11.0, 3.5, 3)
-        for title, color, x, y in _curves(summary, 'test_accuracy'):
-            _band(accuracy, x, 100 * y, color, title, '-')
-        for title, color, x, y in _curves(summary, 'sampled'):
-            # No plan, no second gradient.
-            _band(rate, x, 100 * np.nan_to_num(y), color, title, '-')
-        for quantity, label, style in (
-            ('grad_norm', '‖g‖', '-'),
-            ('psf_norm', '‖s‖', '--'),
-        ):
-            for title, color, x, y in _curves(summary, quantity):
+        figure, panels = _figure(8.4, 6.0, 2, 2)
+        for axes, (quantity, title) in zip(panels.flat, titles.items(), strict=True):
+            for label, color, x, y in _curves(summary, quantity):
+                if quantity == 'sampled':
+                    # No plan, no second gradient.
+                    y = np.nan_to_num(y)
+                if quantity in ('test_accuracy', 'sampled'):
+                    y = 100 * y
                 if np.isfinite(y).all():
-                    _band(norms, x, y, color, f'{title} {label}', style)
-        accuracy.set_title('test accuracy, %', loc='left')
-        rate.set_title('sampled steps, %', loc='left')
-        norms.set_title('gradient ‖g‖ and PSF ‖s‖', loc='left')
-        norms.set_yscale('log')
-        rate.set_ylim(-4, 104)
-        for axes in (accuracy, rate, norms):
+                    _band(axes, x, y, color, label)
+            axes.set_title(title, loc='left')
             axes.set_xlabel('epoch')
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=9)
+        panels[0, 1].set_ylim(-4, 104)
+        for axes in panels[1]:
+            # The two norms on one scale, so that they can be compared.
+            axes.set_ylim(0, max(each.get_ylim()[1] for each in panels[1]))
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside upper right', ncols=len(labels))
+        figure.suptitle(
+            f'{summary["name"]}: mean over seeds, band from lowest to highest',
+            x=0.01,
+            ha='left',
+            fontsize=11,
+        )
         figure.savefig(path)
 
 
@@ -152,8 +160,6 @@ def _curves(
         yield method['title'], STYLES.get(name, _OTHER)[0], x, y
 
 
-def _band(
-    axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str, style: str
-) -> None:
-    axes.plot(x, y.mean(axis=0), style, color=color, label=label)
+def _band(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
+    axes.plot(x, y.mean(axis=0), color=color, label=label)
     axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15, lw=0)

@@ -17,7 +17,6 @@ from experiments import (
     data,
     experiment,
     methods,
-    models,
     progress,
     results,
 )
@@ -131,21 +130,7 @@ def test_a_batch_holds_the_named_examples_normalised():
     assert abs(float(everything.std()) - 1) < 1e-4
 
 
-# --- Networks and methods -----------------------------------------------------
-
-
-@pytest.mark.parametrize('name', list(models.MODELS))
-def test_networks_compute_in_bfloat16_with_float32_logits_and_batch_norm(name):
-    model = models.create(name, {'width': 2, 'dtype': 'bfloat16'}, num_classes=7)
-    x = jnp.ones((2, 8, 8, 3))
-    init = lambda key: model.init_with_output(key, x, train=True)
-    logits, variables = jax.eval_shape(init, jax.random.key(0))
-    assert isinstance(logits, jax.ShapeDtypeStruct)
-    assert logits.shape == (2, 7)
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves((logits, variables))}
-    assert dtypes == {jnp.dtype('float32')}
-    text = jax.jit(lambda v: model.apply(v, x, train=False)).lower(variables).as_text()
-    assert 'bf16' in text
+# --- Methods ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', ['sgd', 'sam', 'asam', 'looksam', 'vsam'])
@@ -458,7 +443,7 @@ def test_the_report_is_a_table_and_two_figures(comparison, tmp_path):
     files = compare.write_report(summary, tmp_path)
     assert [file.suffix for file in files] == ['.md', '.png', '.png']
     lines = files[0].read_text().splitlines()
-    assert len(lines) == 4
+    assert len([line for line in lines if line.startswith('|')]) == 4
     accuracy = summary['methods']['vsam']['test_accuracy']
     assert f'{100 * accuracy["mean"]:.1f} ± {100 * accuracy["sd"]:.1f}' in lines[3]
     assert lines[3].startswith('| vSAM |')

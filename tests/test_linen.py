@@ -1,0 +1,338 @@
+"""Flax Linen: the step builder gets the second pass right."""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.dynamic_scale import DynamicScale
+
+import vsam_jax
+from tests import problems
+
+
+class Model(nn.Module):
+    """BatchNorm and dropout, with parameters in the input's dtype."""
+
+    dtype: Any = None  # What it computes in.
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x, train):
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=x.dtype)
+        norm = nn.BatchNorm(
+            use_running_average=not train, param_dtype=x.dtype, momentum=0.5
+        )
+        x = nn.relu(norm(dense(4)(x)))
+        return dense(1)(nn.Dropout(self.rate, deterministic=not train)(x))
+
+
+HALF = Model(dtype=jnp.float16, rate=0.0)
+
+
+def make_loss_fn(model, seen=None):
+    def loss_fn(params, batch_stats, batch, key):
+        x, y = batch
+        out, updated = model.apply(
+            {'params': params, 'batch_stats': batch_stats},
+            x,
+            train=True,
+            rngs={'dropout': key},
+            mutable=['batch_stats'],
+        )
+        if seen is not None:
+            seen.append((params, batch_stats, batch, key))
+        loss = jnp.mean((out - y).astype(jnp.float32) ** 2)
+        return loss, (updated['batch_stats'], {'loss': loss})
+
+    return loss_fn
+
+
+def data(dtype=jnp.float32, size=8):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(size, 3)), dtype)
+    return x, jnp.sum(x, axis=1, keepdims=True)
+
+
+def create(tx, model=None, dtype=jnp.float32, **kwargs):
+    model = model or Model()
+    variables = model.init(jax.random.key(0), data(dtype)[0], train=False)
+    # Flax starts them in float32 and then goes on in the wider dtype.
+    variables['batch_stats'] = optax.tree.cast(variables['batch_stats'], dtype)
+    return vsam_jax.TrainState.create(
+        apply_fn=model.apply,
+        **variables,
+        tx=tx,
+        dropout_key=jax.random.key(1),
+        **kwargs,
+    )
+
+
+def optimizer(name='vsam', rho=0.1):
+    return optax.chain(problems.METHODS[name](rho), optax.sgd(0.05, momentum=0.9))
+
+
+def values(state):
+    """What a run computes, without the key, which NumPy cannot read."""
+    return state.params, state.batch_stats, state.opt_state, state.step
+
+
+assert_equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+
+
+def assert_close(a, b, atol=1e-12):
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=atol)
+    jax.tree.map(close, a, b)
+
+
+def differ(a, b):
+    """Whether every tensor of one tree differs from the other's."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(not np.array_equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.usefixtures('x64')
+def test_the_direction_is_the_gradient_of_the_same_batch_under_the_same_mask():
+    model = Model()
+    state = create(optimizer('sam'), model, jnp.float64)
+    batch, loss_fn = data(jnp.float64), make_loss_fn(model)
+    new, _ = jax.jit(vsam_jax.make_train_step(loss_fn))(state, batch)
+    key = jax.random.fold_in(jax.random.key(1), 0)
+    grad = lambda p: jax.grad(loss_fn, has_aux=True)(p, state.batch_stats, batch, key)
+    grads, (stats, _) = grad(state.params)
+    scale = 0.1 / optax.tree.norm(grads)
+    direction, _ = grad(optax.tree.add_scale(state.params, scale, grads))
+    expected = optax.tree.add_scale(state.params, -0.05, direction)
+    assert_close(new.params, expected)
+    assert_close(new.batch_stats, stats)
+
+
+@pytest.mark.parametrize('sample', [True, False])
+def test_running_statistics_come_from_the_first_pass_alone(sample):
+    step = jax.jit(
+        vsam_jax.make_train_step(make_loss_fn(Model())), static_argnames='sample'
+    )
+    new, _ = step(create(optimizer(rho=1.0)), data(), sample=sample)
+    plain, _ = step(create(optax.sgd(0.05)), data())
+    assert_close(new.batch_stats, plain.batch_stats, atol=1e-6)
+
+
+def test_every_step_draws_a_dropout_mask_of_its_own():
+    step = jax.jit(vsam_jax.make_train_step(make_loss_fn(Model())))
+    state = create(optax.sgd(0.0))
+    losses = []
+    for _ in range(4):
+        state, aux = step(state, data())
+        losses.append(float(aux['loss']))
+    assert len(set(losses)) == 4
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('name', ['vsam', 'looksam'])
+def test_planned_and_traced_give_the_same_run(name):
+    train_step = vsam_jax.make_train_step(make_loss_fn(Model()))
+    traced_step = jax.jit(train_step)
+    planned_step = vsam_jax.PlannedStep(train_step)
+    traced, planned = (create(optimizer(name), dtype=jnp.float64) for _ in range(2))
+    for _ in range(10):
+        traced, _ = traced_step(traced, data(jnp.float64))
+        planned, _ = planned_step(planned, data(jnp.float64))
+    assert_close(values(traced), values(planned))
+    assert traced_step._cache_size() == 1
+    assert planned_step.num_reads <= 4
+
+
+def test_a_loss_that_needs_neither_statistics_nor_a_key_works():
+    def loss_fn(params, batch_stats, batch, key):
+        assert key is None
+        return jnp.mean((batch[0] @ params['w'] - batch[1]) ** 2), (batch_stats, None)
+
+    state = vsam_jax.TrainState.create(
+        apply_fn=None, params={'w': jnp.zeros((3, 1))}, tx=optimizer()
+    )
+    step = vsam_jax.PlannedStep(vsam_jax.make_train_step(loss_fn))
+    for _ in range(60):
+        state, _ = step(state, data())
+    np.testing.assert_allclose(state.params['w'], 1.0, atol=0.2)
+
+
+# --- Micro-batches ------------------------------------------------------------
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('driver', ['traced', 'planned'])
+def test_micro_batches_without_state_are_the_whole_batch(driver):
+    def loss_fn(params, batch_stats, batch, key):
+        loss = jnp.mean(jnp.tanh(batch[0] @ params['w'] - batch[1]) ** 2)
+        return loss, (batch_stats, loss)
+
+    def train(n):
+        state = vsam_jax.TrainState.create(
+            apply_fn=None, params={'w': jnp.zeros((3, 1))}, tx=optimizer()
+        )
+        step = vsam_jax.make_train_step(loss_fn, num_micro_batches=n)
+        step = jax.jit(step) if driver == 'traced' else vsam_jax.PlannedStep(step)
+        for _ in range(8):
+            state, losses = step(state, data(jnp.float64))
+        return values(state), losses
+
+    whole, loss = train(1)
+    parts, losses = train(4)
+    assert_close(whole, parts)
+    assert losses.shape == (4,)
+    np.testing.assert_allclose(losses.mean(), loss, rtol=1e-12)
+
+
+def test_micro_batches_take_one_second_gradient_of_each_part_with_its_mask():
+    seen = []
+    step = vsam_jax.make_train_step(make_loss_fn(Model(), seen), num_micro_batches=2)
+    with jax.disable_jit():
+        new, _ = step(create(optimizer('sam')), data())
+    assert len(seen) == 4
+    keys = [np.asarray(jax.random.key_data(key)) for _, _, _, key in seen]
+    assert not np.array_equal(keys[0], keys[1])
+    stats = [stats for _, stats, _, _ in seen]
+    for first, second in ((0, 2), (1, 3)):
+        np.testing.assert_array_equal(keys[first], keys[second])
+        assert_equal(seen[first][2], seen[second][2])
+        assert_close(stats[first], stats[second], atol=1e-6 if first == 0 else 1.0)
+    np.testing.assert_array_equal(seen[0][2][0], data()[0][:4])
+    assert differ(new.batch_stats, stats[1])
+
+
+def test_no_loop_is_left_on_the_cpu():
+    loss_fn = lambda w, stats, batch, key: (jnp.sum((batch[0] @ w) ** 2), (stats, key))
+    step = vsam_jax.make_train_step(loss_fn, num_micro_batches=2)
+    state = vsam_jax.TrainState.create(
+        apply_fn=None, params=jnp.ones((3, 1)), tx=optimizer('sam')
+    )
+    assert 'while' not in jax.jit(step).lower(state, data()).compile().as_text()
+
+
+def test_micro_batches_that_do_not_divide_the_batch_are_refused():
+    step = vsam_jax.make_train_step(make_loss_fn(Model()), num_micro_batches=3)
+    with pytest.raises(ValueError, match=r'num_micro_batches must divide .*=3 .*8, 3'):
+        step(create(optimizer()), data())
+    with pytest.raises(ValueError, match='num_micro_batches must be an integer >= 1'):
+        vsam_jax.make_train_step(make_loss_fn(Model()), num_micro_batches=0)
+
+
+# --- Mixed precision ----------------------------------------------------------
+
+
+def test_computing_in_bfloat16_keeps_float32_states_and_learns():
+    model = Model(dtype=jnp.bfloat16, rate=0.0)
+    state = create(optimizer(rho=0.05), model)
+    step = vsam_jax.PlannedStep(vsam_jax.make_train_step(make_loss_fn(model)))
+    losses = []
+    for _ in range(40):
+        state, aux = step(state, data())
+        losses.append(float(aux['loss']))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {
+        jnp.dtype('float32')
+    }
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+    assert float(vsam_jax.metrics(state)['psf_norm']) > 0
+    assert int(vsam_jax.metrics(state)['num_rejected']) == 0
+
+
+def scaled(name='vsam', scale=2.0**10, base=None):
+    base = base or optax.sgd(0.05, momentum=0.9)
+    return create(
+        optax.chain(problems.METHODS[name](0.1), base),
+        HALF,
+        dynamic_scale=DynamicScale(scale=scale, growth_interval=3),
+    )
+
+
+@pytest.fixture(scope='module')
+def half_step():
+    return vsam_jax.make_train_step(make_loss_fn(HALF))
+
+
+@pytest.mark.parametrize('driver', ['traced', 'planned'])
+def test_the_loss_scale_settles_and_the_model_learns(half_step, driver):
+    """From a scale at which everything overflows."""
+    state = scaled(scale=2.0**24)
+    start = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
+    step = jax.jit(lambda *args: half_step(*args))
+    program = step
+    if driver == 'planned':
+        step = vsam_jax.PlannedStep(half_step)
+        program = step.program(True)
+    state, _ = step(state, data())
+    assert_equal((state.params, state.batch_stats), start)
+    assert float(state.dynamic_scale.scale) == 2.0**23
+    losses = []
+    for _ in range(50):
+        state, aux = step(state, data())
+        losses.append(float(aux['loss']))
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+    assert 1 < float(state.dynamic_scale.scale) < 2.0**24
+    log = vsam_jax.metrics(state)
+    assert int(log['num_rejected']) >= 1
+    assert int(vsam_jax.find_state(state).step) == int(state.step) == 51
+    assert program._cache_size() == 1
+
+
+def test_the_loss_scale_does_not_show_in_the_update():
+    model = Model()  # In float32 nothing overflows.
+    step = jax.jit(vsam_jax.make_train_step(make_loss_fn(model)))
+    plain, _ = step(create(optimizer('sam'), model), data())
+    state = create(optimizer('sam'), model, dynamic_scale=DynamicScale(scale=4096.0))
+    state, _ = step(state, data())
+    assert_close(state.params, plain.params, atol=1e-6)
+    assert_close(state.opt_state, plain.opt_state, atol=1e-5)
+
+
+# With lion an infinite gradient would become a finite update.
+@pytest.mark.parametrize('base', [optax.sgd(0.1, momentum=0.9), optax.lion(0.1)])
+@pytest.mark.parametrize('which', ['first', 'second'])
+def test_an_overflow_skips_the_update_and_poisons_nothing(base, which):
+    """Of either pass: the other one's numbers are then not used either."""
+
+    def loss_fn(params, batch_stats, batch, key):
+        del key
+        w = params['w']
+        # ρ = 0.1 moves w beyond 1.05, where the gradient is infinite.
+        threshold = {'first': 0.5, 'second': 1.05, 'none': 9.0}[batch]
+        steep = w * jnp.where(w > threshold, jnp.inf, 1.0)
+        return jnp.sum(steep**2), ({'mean': batch_stats['mean'] + 1}, None)
+
+    state = vsam_jax.TrainState.create(
+        apply_fn=None,
+        params={'w': jnp.array(1.0)},
+        batch_stats={'mean': jnp.zeros(())},
+        tx=optax.chain(problems.METHODS['looksam'](0.1), base),
+        dynamic_scale=DynamicScale(scale=64.0),
+    )
+    step = vsam_jax.make_train_step(loss_fn)
+    good, _ = step(state.replace(params={'w': jnp.array(0.9)}), 'none', sample=True)
+    good = good.replace(params={'w': jnp.array(1.0)})
+    bad, _ = step(good, which, sample=True)
+    assert_equal(
+        (bad.params, bad.batch_stats, bad.opt_state[1]),
+        (good.params, good.batch_stats, good.opt_state[1]),
+    )
+    assert float(bad.dynamic_scale.scale) == 32.0
+    sam_state = vsam_jax.find_state(bad)
+    assert int(sam_state.step) == 2
+    assert int(sam_state.num_rejected) == 1
+    assert_equal(sam_state.psf, vsam_jax.find_state(good).psf)
+    after, _ = step(bad, 'none', sample=False)
+    assert bool(jnp.isfinite(after.params['w']))
+    assert not np.array_equal(after.params['w'], bad.params['w'])
+
+
+def test_an_optimizer_without_a_second_gradient_works_with_a_loss_scale(half_step):
+    state = create(
+        optax.sgd(0.05),
+        HALF,
+        dynamic_scale=DynamicScale(scale=2.0**24),
+    )
+    state, _ = jax.jit(half_step)(state, data())
+    assert float(state.dynamic_scale.scale) == 2.0**23

@@ -62,7 +62,7 @@ class _MLP(nn.Module):
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     'convolutions': lambda: Problem(
         'small ResNet, width 32, 32×32 images, batch 128',
-        models.SmallResNet(num_classes=10, width=32),
+        models.create('small_resnet', {'width': 32}, num_classes=10),
         (128, 32, 32, 3),
         10,
     ),

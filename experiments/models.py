@@ -4,36 +4,23 @@ Convolutions and dense layers compute in ``dtype``; parameters, BatchNorm and th
 logits are float32.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from experiments import configuration
+from experiments.networks.layers import conv, logits, norm
+from experiments.networks.mobilenet import MobileNet
+from experiments.networks.pyramidnet import PyramidNet
+from experiments.networks.resnet import Bottleneck, ResNet
+from experiments.networks.vit import ViT
+from experiments.networks.wide_resnet import WideResNet
 
-_conv_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-
-
-def _conv(features: int, size: int = 3, stride: int = 1, dtype: Any = None) -> nn.Conv:
-    return nn.Conv(
-        features,
-        (size, size),
-        (stride, stride),
-        padding='SAME',
-        use_bias=False,
-        dtype=dtype,
-        kernel_init=_conv_init,
-    )
-
-
-def _norm(train: bool, **kwargs: Any) -> nn.BatchNorm:
-    # Mean and variance of a batch lose too much in a narrow dtype.
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, dtype=jnp.float32, **kwargs
-    )
+PyTree = Any
 
 
 class MLP(nn.Module):
@@ -57,8 +44,8 @@ class MLP(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for _ in range(self.depth):
             x = nn.Dense(self.width, use_bias=False, dtype=self.dtype)(x)
-            x = nn.relu(_norm(train)(x))
-        return nn.Dense(self.num_classes, dtype=jnp.float32)(x)
+            x = nn.relu(norm(train)(x))
+        return logits(x, self.num_classes)
 
 
 class CNN(nn.Module):
@@ -79,56 +66,14 @@ class CNN(nn.Module):
         """Logits [batch, classes] of images [batch, height, width, channels]."""
         for stage in range(2):
             for _ in range(2):
-                x = _conv(self.width * 2**stage, dtype=self.dtype)(x)
-                x = nn.relu(_norm(train)(x))
+                x = conv(self.width * 2**stage, dtype=self.dtype)(x)
+                x = nn.relu(norm(train)(x))
             if stage == 0:
                 x = nn.max_pool(x, (2, 2), (2, 2))
-        x = x.mean(axis=(1, 2))
-        return nn.Dense(self.num_classes, dtype=jnp.float32)(x)
+        return logits(x, self.num_classes)
 
 
-class _BasicBlock(nn.Module):
-    features: int
-    stride: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        conv = functools.partial(_conv, self.features, dtype=self.dtype)
-        y = conv(stride=self.stride)(x)
-        y = conv()(nn.relu(_norm(train)(y)))
-        y = _norm(train)(y)
-        if x.shape != y.shape:
-            x = _norm(train)(conv(size=1, stride=self.stride)(x))
-        return nn.relu(x + y)
-
-
-class SmallResNet(nn.Module):
-    """A ResNet of basic blocks in three stages, small enough for a CPU.
-
-    Attributes:
-        num_classes: the number of logits.
-        width: channels of the first stage; each further one doubles them and
-            halves height and width.
-        blocks: basic blocks of a stage.
-        dtype: what convolutions compute in.
-    """
-
-    num_classes: int
-    width: int = 16
-    blocks: int = 1
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Logits [batch, classes] of images [batch, height, width, channels]."""
-        x = nn.relu(_norm(train)(_conv(self.width, dtype=self.dtype)(x)))
-        for stage in range(3):
-            for block in range(self.blocks):
-                stride = 2 if stage and not block else 1
-                x = _BasicBlock(self.width * 2**stage, stride, self.dtype)(x, train)
-        x = x.mean(axis=(1, 2))
-        return nn.Dense(self.num_classes, dtype=jnp.float32)(x)
+# --- What a configuration may say of each -------------------------------------
 
 
 def _mlp(
@@ -144,13 +89,70 @@ def _cnn(num_classes: int, width: int = 32, dtype: str = 'float32') -> nn.Module
 def _small_resnet(
     num_classes: int, width: int = 16, blocks: int = 1, dtype: str = 'float32'
 ) -> nn.Module:
-    return SmallResNet(num_classes, width, blocks, jnp.dtype(dtype))
+    return ResNet(num_classes, (blocks,) * 3, width, dtype=jnp.dtype(dtype))
+
+
+def _resnet18(num_classes: int, width: int = 64, dtype: str = 'float32') -> nn.Module:
+    return ResNet(num_classes, (2, 2, 2, 2), width, dtype=jnp.dtype(dtype))
+
+
+def _resnet50(num_classes: int, width: int = 64, dtype: str = 'float32') -> nn.Module:
+    return ResNet(num_classes, (3, 4, 6, 3), width, Bottleneck, jnp.dtype(dtype))
+
+
+def _wide_resnet(
+    num_classes: int, depth: int = 28, width: int = 10, dtype: str = 'float32'
+) -> nn.Module:
+    _check_depth(depth, 4)
+    return WideResNet(num_classes, depth, width, jnp.dtype(dtype))
+
+
+def _pyramidnet(
+    num_classes: int,
+    depth: int = 110,
+    alpha: int = 270,
+    width: int = 16,
+    dtype: str = 'float32',
+) -> nn.Module:
+    _check_depth(depth, 2)
+    return PyramidNet(num_classes, depth, alpha, width, jnp.dtype(dtype))
+
+
+def _mobilenet(num_classes: int, width: int = 32, dtype: str = 'float32') -> nn.Module:
+    return MobileNet(num_classes, width, jnp.dtype(dtype))
+
+
+def _vit(
+    num_classes: int,
+    patch: int = 4,
+    width: int = 192,
+    depth: int = 6,
+    heads: int = 3,
+    dtype: str = 'float32',
+) -> nn.Module:
+    if width % heads:
+        raise ValueError(f'width must be a multiple of heads ({heads}), got {width}.')
+    return ViT(num_classes, patch, width, depth, heads, jnp.dtype(dtype))
+
+
+def _check_depth(depth: int, rest: int) -> None:
+    if depth < 6 + rest or depth % 6 != rest:
+        raise ValueError(
+            f'depth must be 6 n + {rest} with n >= 1, got {depth!r}: there are three'
+            ' stages of n blocks with two layers each.'
+        )
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     'mlp': _mlp,
     'cnn': _cnn,
     'small_resnet': _small_resnet,
+    'resnet18': _resnet18,
+    'resnet50': _resnet50,
+    'wide_resnet': _wide_resnet,
+    'pyramidnet': _pyramidnet,
+    'mobilenet': _mobilenet,
+    'vit': _vit,
 }
 
 
@@ -160,3 +162,67 @@ def create(name: str, settings: Any, num_classes: int) -> nn.Module:
     return configuration.call(
         builder, f'config.models.{name}', settings, num_classes=num_classes
     )
+
+
+# --- The order of tensors -----------------------------------------------------
+
+
+def parameter_paths(
+    model: nn.Module, image_shape: tuple[int, ...]
+) -> list[tuple[str, ...]]:
+    """The paths of the parameters in the order in which the network makes them.
+
+    That is the order of its layers. The leaves of a tree of parameters come sorted
+    by name instead, ``Dense_11`` before ``Dense_9``. Nothing is computed.
+
+    Args:
+        model: the network.
+        image_shape: height, width and channels of an image.
+
+    Returns:
+        A list of paths, each a tuple of keys.
+    """
+    paths: list[tuple[str, ...]] = []
+
+    def note_paths(key: jax.Array, images: jax.Array) -> None:
+        # Here the dictionaries are still as they were filled: leaving a traced
+        # function sorts them.
+        params = model.init(key, images, train=False)['params']
+        paths.extend(traverse_util.flatten_dict(params))
+
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    jax.eval_shape(note_paths, jax.random.key(0), images)
+    return paths
+
+
+def last_tensors(
+    model: nn.Module, image_shape: tuple[int, ...], n: int
+) -> Callable[[PyTree], PyTree]:
+    """A mask that picks the last n parameter tensors of a network.
+
+    Args:
+        model: the network.
+        image_shape: height, width and channels of an image.
+        n: how many tensors are picked; BatchNorm's scale and bias are two.
+
+    Returns:
+        A function from a tree of parameters to a tree of booleans, as
+        ``stats_mask`` of :func:`vsam_jax.vsam` takes it.
+
+    Raises:
+        ValueError: if there are fewer than n tensors, or n is not positive.
+    """
+    paths = parameter_paths(model, image_shape)
+    if not 1 <= n <= len(paths):
+        raise ValueError(
+            f'n must be an integer in [1, {len(paths)}], the number of parameter'
+            f' tensors, got {n!r}.'
+        )
+    picked = frozenset(paths[-n:])
+
+    def mask(params: PyTree) -> PyTree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: tuple(entry.key for entry in path) in picked, params
+        )
+
+    return mask

@@ -240,6 +240,26 @@ def test_planned_and_traced_agree(config, tmp_path):
     assert losses['planned', 'plan'] == losses['traced', 'plan']
 
 
+def test_a_seed_chooses_parameters_and_order(programs):
+    orders = [programs.epoch_order(seed, epoch=0) for seed in (0, 1, 0)]
+    assert np.any(orders[0] != orders[1])
+    np.testing.assert_array_equal(orders[0], orders[2])
+    kernels = [programs.init(seed).params['Dense_0']['kernel'] for seed in (0, 1, 0)]
+    assert np.any(kernels[0] != kernels[1])
+    np.testing.assert_array_equal(kernels[0], kernels[2])
+
+
+def test_planned_programs_hold_no_conditional_and_traced_ones_do(config, programs):
+    traced = experiment.Experiment(changed(config, dispatch='traced'))
+    state = programs.init(seed=0)
+    batch = programs.batch(programs.dataset.train, programs.epoch_order(0, 0), 0)
+    # stablehlo.case is what lax.cond becomes.
+    for sample in (True, False):
+        text = programs.step.program(sample).lower(state, batch).as_text()
+        assert 'stablehlo.case' not in text
+    assert 'stablehlo.case' in traced.step.lower(state, batch).as_text()
+
+
 def test_seeds_share_compiled_programs_and_differ_in_results(
     config, programs, tmp_path
 ):

@@ -407,7 +407,7 @@ def main(arguments: Sequence[str]) -> None:
                 for method, trials in tuning['tried'].items()
                 for trial in trials
             ]
-            header = ['Method', 'Settings', 'Validation accuracy, %', 'Sampling rate']
+            header = ['Method', 'Settings', 'Validation, %', 'Sampled']
             header.append('')
             print_table(f'{len(tuning["seeds"])} seeds each', header, rows)
             print(f'written to {path / TUNING}')

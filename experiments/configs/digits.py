@@ -36,8 +36,9 @@ def get_config() -> ml_collections.ConfigDict:
     # validation examples, of those in config.tune below; what all of them gave
     # stands in experiments/results/digits/tuning.json, with the command.
     config.methods = {
-        # At 0.1, where the others are best, SGD learns the wrong labels by heart.
-        'sgd': {'optimizer': {'learning_rate': 0.01}},
+        # At 0.1, where the others are best, SGD learns the wrong labels by heart
+        # (67 %); this rate is so small that it has not got to them at the end.
+        'sgd': {'optimizer': {'learning_rate': 0.007}},
         'sam': {'rho': 1.0},
         # Not tuned: no part of the comparison.
         'asam': {'rho': 1.0, 'eta': 0.0},
@@ -46,7 +47,8 @@ def get_config() -> ml_collections.ConfigDict:
             'rho': 1.4,
             # The reference has 50, for runs of 78,000 steps. These have 600, in
             # which the budget, at most 1.26 times as large from window to window,
-            # gets somewhere in short windows only. (20 was tried as well.)
+            # gets somewhere in short windows only. Tried as well: 20, for which
+            # ρ = 2 gave 94.5 % (here: 96.1 %) with 18 % of the steps sampled.
             'window': 10,
             'segments': 5,
             # Rings are full when the first window starts.

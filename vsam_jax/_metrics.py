@@ -52,16 +52,15 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 
 @jax.jit
 def _read(state: VSAMState) -> dict[str, jax.Array]:
-    # jit would hand an argument on as it is: without the copies a result could be
-    # a buffer of the state, gone with its donation.
+    # What comes out of jit is no buffer of the state, gone with its donation.
     return {
         'sampling_rate': state.num_samples.astype(state.budget.dtype)
         / jnp.maximum(state.step, 1),
-        'budget': jnp.copy(state.budget),
-        'sampled': jnp.copy(state.sampled),
-        'grad_norm': jnp.copy(state.grad_norm),
-        'psf_norm': jnp.copy(state.psf_norm),
-        'psf_age': jnp.copy(state.age),
-        'num_samples': jnp.copy(state.num_samples),
-        'num_rejected': jnp.copy(state.num_rejected),
+        'budget': state.budget,
+        'sampled': state.sampled,
+        'grad_norm': state.grad_norm,
+        'psf_norm': state.psf_norm,
+        'psf_age': state.age,
+        'num_samples': state.num_samples,
+        'num_rejected': state.num_rejected,
     }

@@ -150,6 +150,18 @@ def vsam(
       Clip *after* vsam. Clipped before, g is no longer the gradient that the
       second one is compared with, and s = g_SAM − clip(g) no PSF.
 
+      Accumulate gradients *inside* one update: with
+      ``grad = optax.microbatching.microbatch(jax.grad(loss), 1, microbatch_size,
+      optax.microbatching.AccumulationType.MEAN)`` give ``grad(params, batch)`` to
+      ``update`` and ``lambda p: grad(p, batch)`` as ``grad_fn``. It is a loop, in
+      which XLA's CPU backend has no fast convolution gradients; the step builders
+      (``num_micro_batches`` of :func:`vsam_jax.make_train_step`) unroll theirs
+      there. ``optax.MultiSteps`` around vsam runs the inner update on every
+      mini-step; it is right if ``sample=False`` on all but the last one, whose
+      ``grad_fn`` covers the whole batch. After vsam, as in ``chain(vsam,
+      MultiSteps(sgd, k).gradient_transformation())``, it averages the directions
+      of mini-batches that have a perturbation each.
+
     References:
       Deng et al., `Effective Gradient Sample Size via Variation Estimation for
       Accelerating Sharpness aware Minimization

@@ -1,16 +1,18 @@
 # make demo   trains on handwritten digits with wrong labels and shows what vSAM gains
 # make test   lint, types, tests, doctests, wheel; what continuous integration runs
-# make help   the others
+# make help   all of them
 
 PYTHON ?= python3
 JOBS ?= 2
+OLDEST_PYTHON ?= python3.11
+NEWEST_PYTHON ?= python3.12
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 
-.PHONY: help demo test test-slow lint format types pytest wheel bench clean
+.PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench clean
 
 help:
-	@grep -hE '^# make|^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
 
 # A virtual environment per extra, made anew when its requirements change.
 .venv-test/.ready: EXTRA = dev
@@ -44,6 +46,19 @@ pytest: .venv-test/.ready ## tests and doctests
 test-slow: .venv-test/.ready ## tests that take minutes
 	$(TEST)/python -m pytest -m slow
 
+test-versions: ## pytest on the oldest and the newest supported versions (two interpreters)
+	$(MAKE) test-oldest test-newest
+
+test-oldest: VERSION_PYTHON = $(OLDEST_PYTHON)
+test-newest: VERSION_PYTHON = $(NEWEST_PYTHON)
+test-oldest test-newest: test-%: pyproject.toml tests/versions/%.txt
+	@$(VERSION_PYTHON) --version || { echo "$@: $(VERSION_PYTHON) is missing or does not start;" \
+	  "name another: make $@ $(if $(findstring old,$@),OLDEST,NEWEST)_PYTHON=..." >&2; exit 1; }
+	$(VERSION_PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint tests/versions/$*.txt --editable '.[dev]'
+	.venv-$*/bin/python -m pytest -n $(JOBS) --dist worksteal
+
 wheel: .venv-test/.ready ## the wheel builds, and imports with the core's dependencies alone
 	rm -rf build/wheel
 	$(TEST)/python -m build --wheel --outdir build/wheel . > /dev/null
@@ -58,4 +73,4 @@ bench: .venv-demo/.ready ## cost of one step as a multiple of SGD's
 	$(DEMO)/python -m experiments.benchmark --output=experiments/results/benchmark.json
 
 clean: ## removes what the others made
-	rm -rf .venv-test .venv-demo build demo runs
+	rm -rf .venv-test .venv-demo .venv-oldest .venv-newest build demo runs

@@ -27,8 +27,8 @@ def _digits() -> str:
     versions = summary['versions']
     return (
         compare.markdown(*compare.rows_of(summary))
-        + f'\nMean ± sd of {seeds} seeds; time: median (quartiles) of interleaved runs;'
-        f' {_device(summary)}, jax {versions["jax"]}.'
+        + f'\n{compare.FOOTNOTE} Mean ± sd of {seeds} seeds; {_device(summary)}, jax'
+        f' {versions["jax"]}.'
         f' Command: `{summary["command"]}`.\n'
     )
 

@@ -1,8 +1,8 @@
 """Data sets that live on the device, and the batches of an epoch.
 
-Images stay uint8 on the device; shuffling and normalisation run there too. What
-is random is a function of keys alone: the batches of an epoch follow from (seed,
-epoch), whatever ran before.
+Images stay uint8 on the device; shuffling, augmentation and normalisation run
+there too. What is random is a function of keys alone: the batches of an epoch
+follow from (seed, epoch), whatever ran before.
 """
 
 import dataclasses
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from sklearn import datasets
 
-from experiments import configuration
+from experiments import augmentation as augmentations
+from experiments import configuration, tfds_data
+from experiments.augmentation import Augmentation, normalize
 
 
 class Split(NamedTuple):
@@ -44,8 +46,9 @@ class Dataset:
         validation: held back for choosing settings.
         test: held back for reporting; nothing is chosen by it.
         num_classes: how many classes there are.
-        mean: [channels], the mean of the training images in [0, 255].
-        std: [channels], their standard deviation.
+        mean: [channels], subtracted from images in [0, 255]: the mean of the
+            training images, unless a source says otherwise.
+        std: [channels], divided by afterwards; likewise.
     """
 
     train: Split
@@ -114,16 +117,10 @@ def digits(
     source: Any = datasets.load_digits()
     images = np.round(source.images * (255 / 16)).astype(np.uint8)[..., None]
     sizes = {'train': train, 'validation': validation, 'test': test}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f'{name} must be an integer >= 1, got {size!r}.')
-    if sum(sizes.values()) > len(images):
-        raise ValueError(
-            f'train + validation + test must be at most {len(images)}, got'
-            f' {sum(sizes.values())}.'
-        )
+    _check_sizes(sizes, len(images))
     order = np.random.default_rng(split_seed).permutation(len(images))
-    return _split(images, source.target, order, sizes, num_classes=10)
+    splits = _split(images, source.target, order, sizes)
+    return _dataset(splits, num_classes=10, statistics='train')
 
 
 def synthetic(
@@ -154,32 +151,146 @@ def synthetic(
     total = sum(sizes.values())
     images = rng.integers(0, 256, (total, size, size, channels), dtype=np.uint8)
     labels = rng.integers(0, num_classes, total)
-    return _split(images, labels, np.arange(total), sizes, num_classes)
+    splits = _split(images, labels, np.arange(total), sizes)
+    return _dataset(splits, num_classes, statistics='train')
+
+
+def tfds(
+    dataset: str,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    train: int = 0,
+    validation: int = 5000,
+    test: int = 0,
+    split_seed: int = 0,
+    train_split: str = 'train',
+    test_split: str = 'test',
+    statistics: str = 'train',
+    num_classes: int = 0,
+) -> Dataset:
+    """Images of one shape from TensorFlow Datasets, see :mod:`experiments.tfds_data`.
+
+    Args:
+        dataset: the name that TensorFlow Datasets has for it.
+        data_dir: the directory of prepared data sets; if it is empty, that of the
+            environment variable ``TFDS_DATA_DIR``.
+        cache_dir: where the decoded images are kept; if it is empty, in ``data_dir``.
+        train: how many examples are trained on; 0 means all that are left.
+        validation: how many examples of the training split are held back for
+            choosing settings. Which these are does not depend on ``train``.
+        test: how many examples of the test split are reported on; 0 means all.
+        split_seed: chooses which are which, see :func:`digits`.
+        train_split: what the data set calls the examples to train on.
+        test_split: what it calls those to report on.
+        statistics: the mean and deviation that images are normalised with: a name
+            in :data:`NORMALIZATIONS`, or ``'train'`` for those of the images that
+            are trained on.
+        num_classes: how many classes there must be; 0 means as many as there are.
+
+    Returns:
+        The data set, with true labels.
+    """
+    read = functools.partial(
+        tfds_data.read,
+        dataset,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        num_classes=num_classes,
+    )
+    seen, unseen = read(train_split), read(test_split)
+    shapes = {content.images.shape[1:] for content in (seen, unseen)}
+    if len(shapes) > 1:
+        raise ValueError(
+            f'{train_split} and {test_split} of {dataset} must hold images of one'
+            f' shape, got {shapes}.'
+        )
+    size, test_size = len(seen.labels), len(unseen.labels)
+    sizes = {'validation': validation, 'train': train or max(size - validation, 1)}
+    test_sizes = {'test': test or test_size}
+    _check_sizes(sizes, size)
+    _check_sizes(test_sizes, test_size)
+    rng = np.random.default_rng(split_seed)
+    order, test_order = rng.permutation(size), rng.permutation(test_size)
+    splits = _split(seen.images, seen.labels, order, sizes)
+    splits |= _split(unseen.images, unseen.labels, test_order, test_sizes)
+    return _dataset(splits, seen.num_classes, statistics)
+
+
+# Mean and deviation of each channel, by the images that they were measured on.
+NORMALIZATIONS = {
+    'cifar10': ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    'cifar100': ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+}
+
+
+def _check_sizes(sizes: dict[str, int], available: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f'{name} must be an integer >= 1, got {size!r}.')
+    if sum(sizes.values()) > available:
+        raise ValueError(
+            f'{" + ".join(sizes)} must be at most {available}, got'
+            f' {sum(sizes.values())}.'
+        )
 
 
 def _split(
-    images: np.ndarray,
-    labels: np.ndarray,
-    order: np.ndarray,
-    sizes: dict[str, int],
-    num_classes: int,
-) -> Dataset:
+    images: np.ndarray, labels: np.ndarray, order: np.ndarray, sizes: dict[str, int]
+) -> dict[str, Split]:
     ends = np.cumsum(list(sizes.values()))
     parts = np.split(order[: ends[-1]], ends[:-1])
-    splits = {
+    return {
         name: Split(jnp.asarray(images[part]), jnp.asarray(labels[part], jnp.int32))
         for name, part in zip(sizes, parts, strict=True)
     }
-    seen = images[parts[list(sizes).index('train')]].astype(np.float64)
+
+
+def _dataset(splits: dict[str, Split], num_classes: int, statistics: str) -> Dataset:
+    seen = np.asarray(splits['train'].images)
+    if statistics == 'train':
+        mean, std = channel_statistics(seen)
+    else:
+        known = ('train', *NORMALIZATIONS)
+        if statistics not in NORMALIZATIONS:
+            raise ValueError(
+                f'statistics must be one of {", ".join(known)}; got {statistics!r}.'
+            )
+        mean, std = NORMALIZATIONS[statistics]
+        if len(mean) != seen.shape[-1]:
+            raise ValueError(
+                f'statistics must be of {seen.shape[-1]} channels, as the images have;'
+                f' those of {statistics} are of {len(mean)}.'
+            )
     return Dataset(
         **splits,
         num_classes=num_classes,
-        mean=jnp.asarray(seen.mean(axis=(0, 1, 2)), jnp.float32),
-        std=jnp.asarray(seen.std(axis=(0, 1, 2)), jnp.float32),
+        mean=jnp.asarray(mean, jnp.float32),
+        std=jnp.asarray(std, jnp.float32),
     )
 
 
-SOURCES: dict[str, Callable[..., Dataset]] = {'digits': digits, 'synthetic': synthetic}
+def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel of uint8 images [N, …, channels]."""
+    # From how often each value occurs: floats of all images would take gigabytes.
+    counts = np.zeros((images.shape[-1], 256))
+    for part in np.array_split(images, len(images) // 1000 + 1):
+        for count, channel in zip(counts, np.moveaxis(part, -1, 0), strict=True):
+            count += np.bincount(channel.ravel(), minlength=256)
+    share = counts / counts.sum(axis=1, keepdims=True)
+    mean = share @ np.arange(256)
+    variance = np.sum(share * (np.arange(256) - mean[:, None]) ** 2, axis=1)
+    return mean, np.sqrt(variance)
+
+
+SOURCES: dict[str, Callable[..., Dataset]] = {
+    'digits': digits,
+    'synthetic': synthetic,
+    'cifar10': functools.partial(tfds, 'cifar10', statistics='cifar10', num_classes=10),
+    'cifar100': functools.partial(
+        tfds, 'cifar100', statistics='cifar100', num_classes=100
+    ),
+    'tfds': tfds,
+}
 
 
 def load(settings: Any) -> Dataset:
@@ -223,15 +334,31 @@ def epoch_order(
     return order[: steps * batch_size].reshape(steps, batch_size).astype(jnp.int32)
 
 
-@jax.jit
+def epoch_key(key: jax.Array, epoch: jax.Array | int) -> jax.Array:
+    """The key of the augmentation of an epoch, for :func:`take_batch`.
+
+    Args:
+        key: a key of the run, another one than that of :func:`epoch_order`.
+        epoch: the number of the epoch.
+
+    Returns:
+        A key.
+    """
+    return jax.random.fold_in(key, epoch)
+
+
+@functools.partial(jax.jit, static_argnames='augmentation')
 def take_batch(
     split: Split,
     mean: jax.Array,
     std: jax.Array,
     order: jax.Array,
     index: jax.Array | int,
+    key: jax.Array | None = None,
+    *,
+    augmentation: Augmentation | None = None,
 ) -> dict[str, jax.Array]:
-    """One batch, gathered and normalised on the device.
+    """One batch, gathered, augmented and normalised on the device.
 
     Args:
         split: the examples.
@@ -239,19 +366,21 @@ def take_batch(
         std: [channels], divided by.
         order: [steps, batch size], from :func:`epoch_order`.
         index: which row of it.
+        key: from :func:`epoch_key`; batches of one epoch draw different numbers.
+        augmentation: how the images are changed at random; not at all without it.
 
     Returns:
         ``image`` [batch size, …] in float32, ``label`` [batch size], and
         ``index`` [batch size], the place of each example in the split.
     """
     rows = order[index]
-    return {
-        'image': normalize(split.images[rows], mean, std),
-        'label': split.labels[rows],
-        'index': rows,
-    }
-
-
-def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """uint8 images as float32 of mean 0 and deviation 1 per channel."""
-    return (images.astype(jnp.float32) - mean) / std
+    images = split.images[rows]
+    if augmentation is None:
+        images = normalize(images, mean, std)
+    elif key is None:
+        raise ValueError('key must be a key where there is an augmentation, got None.')
+    else:
+        images = augmentations.augment(
+            augmentation, jax.random.fold_in(key, index), images, mean, std
+        )
+    return {'image': images, 'label': split.labels[rows], 'index': rows}

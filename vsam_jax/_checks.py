@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax import core
 
-PyTree = Any
+from vsam_jax._types import PyTree
 
 
 def _is_traced(value: Any) -> bool:

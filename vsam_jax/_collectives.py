@@ -4,12 +4,11 @@ For functions that run once per device, under ``jax.shard_map`` or ``jax.pmap``.
 Without an axis name all of it does nothing.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from vsam_jax._types import PyTree
+
 AxisName = str | tuple[str, ...] | None
 
 

@@ -18,34 +18,34 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     the device before a value is asked for.
 
     Args:
-      state: anything with exactly one :class:`vsam_jax.VSAMState` in it: the state
-        of a chain, of a wrapper, a train state, an ``nnx.Optimizer``.
+        state: anything with exactly one :class:`vsam_jax.VSAMState` in it: the state
+            of a chain, of a wrapper, a train state, an ``nnx.Optimizer``.
 
     Returns:
-      Scalars by name (or stacked ones, where the state is stacked):
+        Scalars by name (or stacked ones, where the state is stacked):
 
-      - ``sampling_rate``: the share of updates so far that took a second gradient.
-      - ``budget``: b, how many steps of the current window are sampled (⌊b⌋).
-      - ``sampled``: whether the latest update took a second gradient.
-      - ``grad_norm``, ``psf_norm``: ‖g‖ and ‖s‖ of the latest usable sample.
-      - ``psf_age``: how many updates ago that was.
-      - ``num_samples``: how many updates took a second gradient.
-      - ``num_rejected``: how many of those were not finite, and were skipped.
+        - ``sampling_rate``: the share of updates so far that took a second gradient.
+        - ``budget``: b, how many steps of the current window are sampled (⌊b⌋).
+        - ``sampled``: whether the latest update took a second gradient.
+        - ``grad_norm``, ``psf_norm``: ‖g‖ and ‖s‖ of the latest usable sample.
+        - ``psf_age``: how many updates ago that was.
+        - ``num_samples``: how many updates took a second gradient.
+        - ``num_rejected``: how many of those were not finite, and were skipped.
 
     Raises:
-      ValueError: if ``state`` holds no ``VSAMState`` or several.
+        ValueError: if ``state`` holds no ``VSAMState`` or several.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, vsam_jax
-      >>> tx = optax.chain(vsam_jax.looksam(every=2), optax.sgd(0.1))
-      >>> w, loss = jnp.ones(4), lambda w: jnp.sum(w**2)
-      >>> opt_state = tx.init(w)
-      >>> for _ in range(8):
-      ...   updates, opt_state = tx.update(
-      ...       jax.grad(loss)(w), opt_state, w, grad_fn=jax.grad(loss))
-      >>> log = vsam_jax.metrics(opt_state)
-      >>> print(f"{log['sampling_rate']:.2f} {log['grad_norm']:.1f}")
-      0.50 4.0
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> tx = optax.chain(vsam_jax.looksam(every=2), optax.sgd(0.1))
+        >>> w, loss = jnp.ones(4), lambda w: jnp.sum(w**2)
+        >>> opt_state = tx.init(w)
+        >>> for _ in range(8):
+        ...   updates, opt_state = tx.update(
+        ...       jax.grad(loss)(w), opt_state, w, grad_fn=jax.grad(loss))
+        >>> log = vsam_jax.metrics(opt_state)
+        >>> print(f"{log['sampling_rate']:.2f} {log['grad_norm']:.1f}")
+        0.50 4.0
     """
     return _read(nnx.as_pure(find_state(state)._replace(psf=None, rings=None)))
 

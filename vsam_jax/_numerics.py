@@ -1,14 +1,10 @@
 """Dtypes and norms: every statistic is taken in float32 or wider."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 
-PyTree = Any
-# What a caller may give as a dtype. (jax.typing.DTypeLike admits None too.)
-DTypeLike = Any
+from vsam_jax._types import DTypeLike, PyTree
 
 
 def widen(x: jax.Array) -> jax.Array:

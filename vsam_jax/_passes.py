@@ -14,8 +14,8 @@ import optax
 from flax.training.dynamic_scale import DynamicScale
 
 from vsam_jax import _checks, _numerics
+from vsam_jax._types import PyTree
 
-PyTree = Any
 # (params, collections, batch, key) -> (loss, (collections, aux))
 LossFn = Callable[..., tuple[jax.Array, tuple[PyTree, Any]]]
 # The same arguments -> (grads, (collections, aux))

@@ -33,10 +33,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vsam_jax._types import PyTree
+
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-PyTree = Any
 
 # The names of the two items of a checkpoint.
 _STATE = 'state'
@@ -50,23 +51,23 @@ def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
     """All arguments of a method and their values, those left at default too.
 
     Args:
-      method: a function such as :func:`vsam_jax.vsam`, or a ``functools.partial``
-        of one that has all that is set.
+        method: a function such as :func:`vsam_jax.vsam`, or a ``functools.partial``
+            of one that has all that is set.
 
     Returns:
-      The names of the arguments with their values, and ``method``, the name of
-      the function. A value that is a function (a schedule, a callable mask) has
-      to be replaced by a description before it can be stored.
+        The names of the arguments with their values, and ``method``, the name of
+        the function. A value that is a function (a schedule, a callable mask) has
+        to be replaced by a description before it can be stored.
 
     Raises:
-      TypeError: if an argument without a default is missing.
+        TypeError: if an argument without a default is missing.
 
     Example:
-      >>> import functools, vsam_jax
-      >>> method = functools.partial(vsam_jax.sam, rho=0.1)
-      >>> settings = vsam_jax.checkpoint.settings_of(method)
-      >>> settings['method'], settings['rho'], settings['perturb_mask']
-      ('sam', 0.1, None)
+        >>> import functools, vsam_jax
+        >>> method = functools.partial(vsam_jax.sam, rho=0.1)
+        >>> settings = vsam_jax.checkpoint.settings_of(method)
+        >>> settings['method'], settings['rho'], settings['perturb_mask']
+        ('sam', 0.1, None)
     """
     function, args, keywords = method, (), {}
     if isinstance(method, functools.partial):
@@ -87,44 +88,44 @@ def save(
     """Saves a state and the configuration that it belongs to.
 
     Args:
-      manager: where to; an ``orbax.checkpoint.CheckpointManager``. By default it
-        writes in the background, from a copy: the state may be donated to the next
-        step at once.
-      step: the number of the checkpoint.
-      state: any tree of arrays: a :class:`vsam_jax.TrainState`, ``(params,
-        opt_state)``. PRNG keys are arrays too.
-      config: every setting that decides how the run goes on: JSON values, arrays
-        and dtypes. :func:`settings_of` collects those of a method.
-      **options: passed on to ``manager.save``, such as ``metrics`` or ``force``.
+        manager: where to; an ``orbax.checkpoint.CheckpointManager``. By default it
+            writes in the background, from a copy: the state may be donated to the next
+            step at once.
+        step: the number of the checkpoint.
+        state: any tree of arrays: a :class:`vsam_jax.TrainState`, ``(params,
+            opt_state)``. PRNG keys are arrays too.
+        config: every setting that decides how the run goes on: JSON values, arrays
+            and dtypes. :func:`settings_of` collects those of a method.
+        **options: passed on to ``manager.save``, such as ``metrics`` or ``force``.
 
     Returns:
-      Whether the manager saved (it may have a save interval).
+        Whether the manager saved (it may have a save interval).
 
     Raises:
-      TypeError: if ``config`` holds something that cannot be stored and compared.
+        TypeError: if ``config`` holds something that cannot be stored and compared.
 
     Example:
-      >>> import functools, tempfile
-      >>> import jax.numpy as jnp, optax, orbax.checkpoint as ocp, vsam_jax
-      >>> from vsam_jax import checkpoint
-      >>> method = functools.partial(vsam_jax.vsam, rho=0.05, window=10, seed=1)
-      >>> config = {'vsam': checkpoint.settings_of(method), 'learning_rate': 0.1}
-      >>> tx = optax.chain(method(), optax.sgd(0.1))
-      >>> params = jnp.ones(3)
-      >>> state = (params, tx.init(params))
-      >>> directory = tempfile.TemporaryDirectory()
-      >>> with ocp.CheckpointManager(directory.name) as manager:
-      ...   if manager.latest_step() is not None:
-      ...     state = checkpoint.restore(manager, state, config=config)
-      ...   _ = checkpoint.save(manager, 0, state, config=config)
-      ...   manager.wait_until_finished()
-      ...   config['vsam']['seed'] = 2
-      ...   try:
-      ...     checkpoint.restore(manager, state, config=config)
-      ...   except ValueError as error:
-      ...     print(str(error).splitlines()[1].strip())
-      config['vsam']['seed'] is 1 in the checkpoint, 2 in this run
-      >>> directory.cleanup()
+        >>> import functools, tempfile
+        >>> import jax.numpy as jnp, optax, orbax.checkpoint as ocp, vsam_jax
+        >>> from vsam_jax import checkpoint
+        >>> method = functools.partial(vsam_jax.vsam, rho=0.05, window=10, seed=1)
+        >>> config = {'vsam': checkpoint.settings_of(method), 'learning_rate': 0.1}
+        >>> tx = optax.chain(method(), optax.sgd(0.1))
+        >>> params = jnp.ones(3)
+        >>> state = (params, tx.init(params))
+        >>> directory = tempfile.TemporaryDirectory()
+        >>> with ocp.CheckpointManager(directory.name) as manager:
+        ...   if manager.latest_step() is not None:
+        ...     state = checkpoint.restore(manager, state, config=config)
+        ...   _ = checkpoint.save(manager, 0, state, config=config)
+        ...   manager.wait_until_finished()
+        ...   config['vsam']['seed'] = 2
+        ...   try:
+        ...     checkpoint.restore(manager, state, config=config)
+        ...   except ValueError as error:
+        ...     print(str(error).splitlines()[1].strip())
+        config['vsam']['seed'] is 1 in the checkpoint, 2 in this run
+        >>> directory.cleanup()
     """
     import orbax.checkpoint as ocp
 
@@ -145,21 +146,21 @@ def restore(
     """Restores a state, if it belongs to this configuration.
 
     Args:
-      manager: an ``orbax.checkpoint.CheckpointManager`` of the directory.
-      like: a state with the wanted structure: arrays, a new run's first state for
-        instance, or ``jax.ShapeDtypeStruct`` objects. Arrays are restored onto the
-        shardings of ``like`` (:func:`vsam_jax.state_shardings` gives them), which
-        need not be those that were saved.
-      config: the settings of this run, as :func:`save` was given them.
-      step: which checkpoint, None for the latest.
+        manager: an ``orbax.checkpoint.CheckpointManager`` of the directory.
+        like: a state with the wanted structure: arrays, a new run's first state for
+            instance, or ``jax.ShapeDtypeStruct`` objects. Arrays are restored onto the
+            shardings of ``like`` (:func:`vsam_jax.state_shardings` gives them), which
+            need not be those that were saved.
+        config: the settings of this run, as :func:`save` was given them.
+        step: which checkpoint, None for the latest.
 
     Returns:
-      A tree like ``like``.
+        A tree like ``like``.
 
     Raises:
-      FileNotFoundError: if there is no complete checkpoint (of that step).
-      ValueError: if settings, or structure, shapes or dtypes of the state, differ
-        from those of the checkpoint. The message lists the differences.
+        FileNotFoundError: if there is no complete checkpoint (of that step).
+        ValueError: if settings, or structure, shapes or dtypes of the state, differ
+            from those of the checkpoint. The message lists the differences.
     """
     import orbax.checkpoint as ocp
 

@@ -21,7 +21,6 @@ from jax import core
 
 from vsam_jax.state import VSAMState, locate_state
 
-PyTree = Any
 T = TypeVar('T')
 
 
@@ -29,12 +28,12 @@ def resolve(sample: Any, state: VSAMState, *, always: bool) -> bool | jax.Array:
     """What decides this step: a Python bool (planned) or a traced bool.
 
     Args:
-      sample: the caller's decision: None follows the plan in the state.
-      state: holds the plan.
-      always: whether every step is sampled anyway.
+        sample: the caller's decision: None follows the plan in the state.
+        state: holds the plan.
+        always: whether every step is sampled anyway.
 
     Returns:
-      A Python bool if the decision is known while tracing, else a bool scalar.
+        A Python bool if the decision is known while tracing, else a bool scalar.
     """
     if sample is None:
         return True if always else state.plan[state.position]
@@ -95,39 +94,39 @@ class PlannedStep:
     ``axis_name`` is for, see :func:`vsam_jax.vsam`.)
 
     Args:
-      train_step: a pure function ``(state, *args, sample) -> (state, anything)``.
-        ``state`` is any pytree with exactly one :class:`vsam_jax.VSAMState` in it.
-      donate_state: whether the buffers of ``state`` are reused for the new state.
-        The state passed in must not be read afterwards. True by default.
-      **jit_options: passed on to :func:`jax.jit`, such as ``out_shardings``.
+        train_step: a pure function ``(state, *args, sample) -> (state, anything)``.
+            ``state`` is any pytree with exactly one :class:`vsam_jax.VSAMState` in it.
+        donate_state: whether the buffers of ``state`` are reused for the new state.
+            The state passed in must not be read afterwards. True by default.
+        **jit_options: passed on to :func:`jax.jit`, such as ``out_shardings``.
 
     Attributes:
-      num_reads: how many times the plan has been read from the device.
+        num_reads: how many times the plan has been read from the device.
 
     Raises:
-      TypeError: from the constructor if ``train_step`` is not callable; from a
-        call if the state is traced or the result is not a pair.
-      ValueError: from a call if the state holds no plan or several of them.
-      RuntimeError: from a call if the state did not advance with the calls.
+        TypeError: from the constructor if ``train_step`` is not callable; from a
+            call if the state is traced or the result is not a pair.
+        ValueError: from a call if the state holds no plan or several of them.
+        RuntimeError: from a call if the state did not advance with the calls.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, vsam_jax
-      >>> loss = lambda w, x: jnp.sum((w - x) ** 2)
-      >>> tx = optax.chain(vsam_jax.vsam(rho=0.05, window=10), optax.sgd(0.1))
-      >>> def train_step(state, batch, *, sample=None):
-      ...   w, opt_state = state
-      ...   value, grads = jax.value_and_grad(loss)(w, batch)
-      ...   updates, opt_state = tx.update(
-      ...       grads, opt_state, w, sample=sample,
-      ...       grad_fn=lambda w: jax.grad(loss)(w, batch))
-      ...   return (optax.apply_updates(w, updates), opt_state), value
-      >>> w = jnp.zeros(3)
-      >>> state = (w, tx.init(w))
-      >>> step = vsam_jax.PlannedStep(train_step)
-      >>> for _ in range(40):
-      ...   state, value = step(state, jnp.ones(3))
-      >>> print(step.num_reads, f'{value:.3f}')
-      5 0.000
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> loss = lambda w, x: jnp.sum((w - x) ** 2)
+        >>> tx = optax.chain(vsam_jax.vsam(rho=0.05, window=10), optax.sgd(0.1))
+        >>> def train_step(state, batch, *, sample=None):
+        ...   w, opt_state = state
+        ...   value, grads = jax.value_and_grad(loss)(w, batch)
+        ...   updates, opt_state = tx.update(
+        ...       grads, opt_state, w, sample=sample,
+        ...       grad_fn=lambda w: jax.grad(loss)(w, batch))
+        ...   return (optax.apply_updates(w, updates), opt_state), value
+        >>> w = jnp.zeros(3)
+        >>> state = (w, tx.init(w))
+        >>> step = vsam_jax.PlannedStep(train_step)
+        >>> for _ in range(40):
+        ...   state, value = step(state, jnp.ones(3))
+        >>> print(step.num_reads, f'{value:.3f}')
+        5 0.000
     """
 
     def __init__(
@@ -166,12 +165,12 @@ class PlannedStep:
         """Runs one step.
 
         Args:
-          state: the train state.
-          *args: passed on to ``train_step``, the batch for instance.
-          sample: overrides the plan for this one step.
+            state: the train state.
+            *args: passed on to ``train_step``, the batch for instance.
+            sample: overrides the plan for this one step.
 
         Returns:
-          What ``train_step`` returns.
+            What ``train_step`` returns.
         """
         window = self._current_window(state)
         if sample is None:
@@ -223,12 +222,12 @@ class _Window:
     """What the host knows of the window that is being run.
 
     Attributes:
-      plan: the decisions for the rest of the window, from where it was read.
-      step: the step counter of the state that it was read from.
-      leaf: where that counter stands among the leaves of the train state.
-      last: the counter array of the state returned last. It is compared by
-        identity and never read, so it may have been donated since.
-      taken: how many steps were run since the plan was read.
+        plan: the decisions for the rest of the window, from where it was read.
+        step: the step counter of the state that it was read from.
+        leaf: where that counter stands among the leaves of the train state.
+        last: the counter array of the state returned last. It is compared by
+            identity and never read, so it may have been donated since.
+        taken: how many steps were run since the plan was read.
     """
 
     plan: list[bool]

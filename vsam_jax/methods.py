@@ -20,19 +20,18 @@ import optax
 from vsam_jax import (
     _checks,
     _collectives,
-    _numerics,
     perturbation,
     reuse,
     sampling,
     transform,
 )
-from vsam_jax.transform import Mask
+from vsam_jax._types import DTypeLike, Mask, Radius
 
 _MAX_SEED = 2**32 - 1
 
 
 def vsam(
-    rho: Any = 0.05,
+    rho: Radius = 0.05,
     *,
     window: int = 50,
     segments: int = 5,
@@ -44,7 +43,7 @@ def vsam(
     max_rate: float = 0.8,
     stats_mask: Mask | None = None,
     perturb_mask: Mask | None = None,
-    psf_dtype: _numerics.DTypeLike = None,
+    psf_dtype: DTypeLike = None,
     seed: int = 0,
     axis_name: _collectives.AxisName = None,
     per_device: bool = False,
@@ -86,65 +85,65 @@ def vsam(
     traced step.
 
     Args:
-      rho: ρ, the radius of the perturbation: a number >= 0 (0 gives the base
-        optimizer), a scalar array, or an optax schedule of the update count.
-      window: K >= 2, how many steps one plan covers and how many samples the
-        statistics look back on.
-      segments: S, divides K into groups of at least two.
-      warmup_steps: W, how many first steps are all sampled. None gives 2K − 1, the
-        least with which all statistics are complete when the first window starts.
-      norm_gain: α₁ >= 0, the gain on the change of ‖s‖/‖g‖.
-      variance_gain: α₂ >= 0, the gain on the change of the variance of ‖s‖.
-      decay: β in [0, 1], the decay of a reused PSF per step of age.
-      reuse_steps: R >= 0, the oldest age at which a PSF is reused.
-      max_rate: p_max in (0, 1], the largest share of a window to be sampled.
-      stats_mask: which tensors the norms of the statistics are taken over: a tree
-        of booleans like the parameters (or a prefix), or a callable that makes
-        one of them. None takes all.
-      perturb_mask: which tensors are perturbed, in the same convention. Tensors
-        at False (a frozen backbone) keep ε = 0.
-      psf_dtype: dtype in which s is stored; ``jnp.bfloat16`` halves its memory and
-        rounds s to 8 bits, in the direction of sampled steps too. None stores it
-        in the parameters' dtypes.
-      seed: an integer in [0, 2³²), chooses which steps of a window are sampled.
-      axis_name: None where one program sees all devices (``jax.jit``), and
-        wherever ``update`` and ``grad_fn`` give the mean gradient over the
-        devices. In a function that runs once per device (``jax.shard_map``,
-        ``jax.pmap``), the name of the mapped axis or a tuple of such names:
-        ``update`` takes each device's own gradient, and averages.
-      per_device: only with ``axis_name``. False: one perturbation for all
-        devices, from the mean gradient, so that the result does not depend on
-        how many devices share a mini-batch and is that of ``jax.jit``. True: each
-        device perturbs along its own gradient and the second gradients are
-        averaged (m-sharpness, m being a device's share of the mini-batch). That is
-        another objective, and the authors of SAM found smaller m to generalize
-        better. It changes with the number of devices. The first mean is then not
-        needed before the second pass, so the two can overlap. Either way s, its
-        norms and the plan are those of the mean gradients, the same on all devices.
+        rho: ρ, the radius of the perturbation: a number >= 0 (0 gives the base
+            optimizer), a scalar array, or an optax schedule of the update count.
+        window: K >= 2, how many steps one plan covers and how many samples the
+            statistics look back on.
+        segments: S, divides K into groups of at least two.
+        warmup_steps: W, how many first steps are all sampled. None gives 2K − 1, the
+            least with which all statistics are complete when the first window starts.
+        norm_gain: α₁ >= 0, the gain on the change of ‖s‖/‖g‖.
+        variance_gain: α₂ >= 0, the gain on the change of the variance of ‖s‖.
+        decay: β in [0, 1], the decay of a reused PSF per step of age.
+        reuse_steps: R >= 0, the oldest age at which a PSF is reused.
+        max_rate: p_max in (0, 1], the largest share of a window to be sampled.
+        stats_mask: which tensors the norms of the statistics are taken over: a tree
+            of booleans like the parameters (or a prefix), or a callable that makes
+            one of them. None takes all.
+        perturb_mask: which tensors are perturbed, in the same convention. Tensors
+            at False (a frozen backbone) keep ε = 0.
+        psf_dtype: dtype in which s is stored; ``jnp.bfloat16`` halves its memory and
+            rounds s to 8 bits, in the direction of sampled steps too. None stores it
+            in the parameters' dtypes.
+        seed: an integer in [0, 2³²), chooses which steps of a window are sampled.
+        axis_name: None where one program sees all devices (``jax.jit``), and
+            wherever ``update`` and ``grad_fn`` give the mean gradient over the
+            devices. In a function that runs once per device (``jax.shard_map``,
+            ``jax.pmap``), the name of the mapped axis or a tuple of such names:
+            ``update`` takes each device's own gradient, and averages.
+        per_device: only with ``axis_name``. False: one perturbation for all
+            devices, from the mean gradient, so that the result does not depend on
+            how many devices share a mini-batch and is that of ``jax.jit``. True: each
+            device perturbs along its own gradient and the second gradients are
+            averaged (m-sharpness, m being a device's share of the mini-batch). That is
+            another objective, and the authors of SAM found smaller m to generalize
+            better. It changes with the number of devices. The first mean is then not
+            needed before the second pass, so the two can overlap. Either way s, its
+            norms and the plan are those of the mean gradients, the same on all devices.
 
     Returns:
-      An :class:`optax.GradientTransformationExtraArgs` with state
-      :class:`vsam_jax.VSAMState`.
+        An :class:`optax.GradientTransformationExtraArgs` with state
+        :class:`vsam_jax.VSAMState`.
 
-      Parameters are real floating-point arrays of any dtype. ε, norms,
-      statistics and directions are computed in float32 or wider; w + ε is
-      rounded to the parameters' dtypes, and for bfloat16 or float16 parameters
-      much of ε is lost in that (:func:`vsam_jax.perturbation.perturb`). The
-      direction has the dtypes of the gradient.
+        Parameters are real floating-point arrays of any dtype. ε, norms,
+        statistics and directions are computed in float32 or wider; w + ε is
+        rounded to the parameters' dtypes, and for bfloat16 or float16 parameters
+        much of ε is lost in that (:func:`vsam_jax.perturbation.perturb`). The
+        direction has the dtypes of the gradient.
 
-      A second gradient that is not finite, or one whose norm overflows the
-      statistics dtype, makes the direction of that step what it is, so that a
-      guard after vsam can act on it, and leaves no trace: the older PSF is kept
-      and ages, the statistics stay, ``num_rejected`` counts it.
+        A second gradient that is not finite, or one whose norm overflows the
+        statistics dtype, makes the direction of that step what it is, so that a
+        guard after vsam can act on it, and leaves no trace: the older PSF is kept
+        and ages, the statistics stay, ``num_rejected`` counts it.
 
-      Under ``jax.vmap`` a conditional becomes a select: both gradients are taken
-      on every step.
+        Under ``jax.vmap`` a conditional becomes a select: both gradients are taken
+        on every step.
 
     Raises:
-      TypeError, ValueError: for arguments out of the ranges above; from
-        ``update`` for missing ``params`` or ``grad_fn``, for a ``grad_fn`` that
-        returns another tree, shape or dtype than the gradient's, and for trees
-        that do not match.
+        TypeError, ValueError: for arguments out of the ranges above; from
+            ``update`` for missing ``params`` or ``grad_fn``, for a ``grad_fn`` that
+            returns another tree, shape or dtype than the gradient's, and for trees
+            that do not match.
 
     .. warning::
       Clip *after* vsam. Clipped before, g is no longer the gradient that the
@@ -163,31 +162,31 @@ def vsam(
       of mini-batches that have a perturbation each.
 
     References:
-      Deng et al., `Effective Gradient Sample Size via Variation Estimation for
-      Accelerating Sharpness aware Minimization
-      <https://arxiv.org/abs/2403.08821>`_, 2024
+        Deng et al., `Effective Gradient Sample Size via Variation Estimation for
+        Accelerating Sharpness aware Minimization
+        <https://arxiv.org/abs/2403.08821>`_, 2024
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, vsam_jax
-      >>> tx = optax.chain(
-      ...     vsam_jax.vsam(rho=0.05),
-      ...     optax.add_decayed_weights(5e-4),
-      ...     optax.sgd(0.1, momentum=0.9))
-      >>> def loss(w, x):
-      ...   return jnp.mean((x @ w - 1.0) ** 2)
-      >>> @jax.jit
-      ... def train_step(w, opt_state, x):
-      ...   grads = jax.grad(loss)(w, x)
-      ...   updates, opt_state = tx.update(
-      ...       grads, opt_state, w, grad_fn=lambda w: jax.grad(loss)(w, x))
-      ...   return optax.apply_updates(w, updates), opt_state
-      >>> x = jax.random.normal(jax.random.key(0), (16, 4))
-      >>> w = jnp.zeros(4)
-      >>> opt_state = tx.init(w)
-      >>> for _ in range(3):
-      ...   w, opt_state = train_step(w, opt_state, x)
-      >>> print(int(opt_state[0].num_samples))
-      3
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> tx = optax.chain(
+        ...     vsam_jax.vsam(rho=0.05),
+        ...     optax.add_decayed_weights(5e-4),
+        ...     optax.sgd(0.1, momentum=0.9))
+        >>> def loss(w, x):
+        ...   return jnp.mean((x @ w - 1.0) ** 2)
+        >>> @jax.jit
+        ... def train_step(w, opt_state, x):
+        ...   grads = jax.grad(loss)(w, x)
+        ...   updates, opt_state = tx.update(
+        ...       grads, opt_state, w, grad_fn=lambda w: jax.grad(loss)(w, x))
+        ...   return optax.apply_updates(w, updates), opt_state
+        >>> x = jax.random.normal(jax.random.key(0), (16, 4))
+        >>> w = jnp.zeros(4)
+        >>> opt_state = tx.init(w)
+        >>> for _ in range(3):
+        ...   w, opt_state = train_step(w, opt_state, x)
+        >>> print(int(opt_state[0].num_samples))
+        3
     """
     window = _checks.integer('window', window, low=2)
     segments = _checks.integer('segments', segments, low=1)
@@ -234,7 +233,7 @@ def _decayed_difference(decay: float, reuse_steps: int) -> reuse.DecayedDifferen
 
 
 def sam(
-    rho: Any = 0.05,
+    rho: Radius = 0.05,
     *,
     perturb_mask: Mask | None = None,
     axis_name: _collectives.AxisName = None,
@@ -248,28 +247,28 @@ def sam(
     counters and the latest norms.
 
     Args:
-      rho: ρ, as in :func:`vsam`.
-      perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-      axis_name: the mapped axis over which to average, as in :func:`vsam`.
-      per_device: whether each device has its own perturbation, as in
-        :func:`vsam`.
+        rho: ρ, as in :func:`vsam`.
+        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+        axis_name: the mapped axis over which to average, as in :func:`vsam`.
+        per_device: whether each device has its own perturbation, as in
+            :func:`vsam`.
 
     Returns:
-      An :class:`optax.GradientTransformationExtraArgs` with state
-      :class:`vsam_jax.VSAMState`.
+        An :class:`optax.GradientTransformationExtraArgs` with state
+        :class:`vsam_jax.VSAMState`.
 
     References:
-      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
-      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+        Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, vsam_jax
-      >>> tx = optax.chain(vsam_jax.sam(rho=0.1), optax.sgd(1.0))
-      >>> w, loss = jnp.array(1.0), lambda w: w**2 / 2
-      >>> updates, _ = tx.update(
-      ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
-      >>> print(f'{updates:.2f}')
-      -1.10
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> tx = optax.chain(vsam_jax.sam(rho=0.1), optax.sgd(1.0))
+        >>> w, loss = jnp.array(1.0), lambda w: w**2 / 2
+        >>> updates, _ = tx.update(
+        ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+        >>> print(f'{updates:.2f}')
+        -1.10
     """
     return transform.sharpness_aware(
         perturbation.l2_ascent,
@@ -283,7 +282,7 @@ def sam(
 
 
 def asam(
-    rho: Any = 0.5,
+    rho: Radius = 0.5,
     *,
     eta: float = 0.0,
     scale_mask: Mask | None = None,
@@ -304,32 +303,32 @@ def asam(
       vsam_jax.asam(eta=0.01, scale_mask=vsam_jax.perturbation.all_but_biases)
 
     Args:
-      rho: ρ, as in :func:`vsam`; about ten times that of SAM.
-      eta: η >= 0.
-      scale_mask: which tensors have T = |w| + η; the others have T = 1. A mask
-        in the convention of :func:`vsam`. None scales all.
-      perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-      axis_name: the mapped axis over which to average, as in :func:`vsam`.
-      per_device: whether each device has its own perturbation, as in
-        :func:`vsam`.
+        rho: ρ, as in :func:`vsam`; about ten times that of SAM.
+        eta: η >= 0.
+        scale_mask: which tensors have T = |w| + η; the others have T = 1. A mask
+            in the convention of :func:`vsam`. None scales all.
+        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+        axis_name: the mapped axis over which to average, as in :func:`vsam`.
+        per_device: whether each device has its own perturbation, as in
+            :func:`vsam`.
 
     Returns:
-      An :class:`optax.GradientTransformationExtraArgs` with state
-      :class:`vsam_jax.VSAMState`.
+        An :class:`optax.GradientTransformationExtraArgs` with state
+        :class:`vsam_jax.VSAMState`.
 
     References:
-      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for
-      Scale-Invariant Learning of Deep Neural Networks
-      <https://arxiv.org/abs/2102.11600>`_, 2021
+        Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for
+        Scale-Invariant Learning of Deep Neural Networks
+        <https://arxiv.org/abs/2102.11600>`_, 2021
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, vsam_jax
-      >>> tx = optax.chain(vsam_jax.asam(rho=0.1), optax.sgd(1.0))
-      >>> w, loss = jnp.array(2.0), lambda w: w**2 / 2
-      >>> updates, _ = tx.update(
-      ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
-      >>> print(f'{updates:.2f}')
-      -2.20
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> tx = optax.chain(vsam_jax.asam(rho=0.1), optax.sgd(1.0))
+        >>> w, loss = jnp.array(2.0), lambda w: w**2 / 2
+        >>> updates, _ = tx.update(
+        ...     jax.grad(loss)(w), tx.init(w), w, grad_fn=jax.grad(loss))
+        >>> print(f'{updates:.2f}')
+        -2.20
     """
     return transform.sharpness_aware(
         perturbation.elementwise_ascent(_checks.real('eta', eta), scale_mask),
@@ -343,12 +342,12 @@ def asam(
 
 
 def looksam(
-    rho: Any = 0.05,
+    rho: Radius = 0.05,
     *,
     every: int = 5,
     gain: float = 0.7,
     perturb_mask: Mask | None = None,
-    psf_dtype: _numerics.DTypeLike = None,
+    psf_dtype: DTypeLike = None,
     axis_name: _collectives.AxisName = None,
     per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -358,34 +357,34 @@ def looksam(
     orthogonal to g. On the others it is g + α (‖g‖ / ‖g_v‖) g_v.
 
     Args:
-      rho: ρ, as in :func:`vsam`.
-      every: k >= 1; 1 is SAM, and stores nothing.
-      gain: α >= 0.
-      perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-      psf_dtype: dtype in which g_v / ‖g_v‖ is stored, as in :func:`vsam`.
-      axis_name: the mapped axis over which to average, as in :func:`vsam`.
-      per_device: whether each device has its own perturbation, as in
-        :func:`vsam`.
+        rho: ρ, as in :func:`vsam`.
+        every: k >= 1; 1 is SAM, and stores nothing.
+        gain: α >= 0.
+        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+        psf_dtype: dtype in which g_v / ‖g_v‖ is stored, as in :func:`vsam`.
+        axis_name: the mapped axis over which to average, as in :func:`vsam`.
+        per_device: whether each device has its own perturbation, as in
+            :func:`vsam`.
 
     Returns:
-      An :class:`optax.GradientTransformationExtraArgs` with state
-      :class:`vsam_jax.VSAMState`, whose ``psf`` holds g_v / ‖g_v‖.
+        An :class:`optax.GradientTransformationExtraArgs` with state
+        :class:`vsam_jax.VSAMState`, whose ``psf`` holds g_v / ‖g_v‖.
 
     References:
-      Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
-      <https://arxiv.org/abs/2203.02714>`_, 2022
+        Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
+        <https://arxiv.org/abs/2203.02714>`_, 2022
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, vsam_jax
-      >>> tx = optax.chain(vsam_jax.looksam(rho=0.1, every=2), optax.sgd(0.1))
-      >>> w, loss = jnp.ones(2), lambda w: jnp.sum(w**4)
-      >>> opt_state = tx.init(w)
-      >>> for _ in range(6):
-      ...   updates, opt_state = tx.update(
-      ...       jax.grad(loss)(w), opt_state, w, grad_fn=jax.grad(loss))
-      ...   w = optax.apply_updates(w, updates)
-      >>> print(int(opt_state[0].num_samples))
-      3
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> tx = optax.chain(vsam_jax.looksam(rho=0.1, every=2), optax.sgd(0.1))
+        >>> w, loss = jnp.ones(2), lambda w: jnp.sum(w**4)
+        >>> opt_state = tx.init(w)
+        >>> for _ in range(6):
+        ...   updates, opt_state = tx.update(
+        ...       jax.grad(loss)(w), opt_state, w, grad_fn=jax.grad(loss))
+        ...   w = optax.apply_updates(w, updates)
+        >>> print(int(opt_state[0].num_samples))
+        3
     """
     every = _checks.integer('every', every, low=1, high=2**20)
     rule = reuse.RescaledOrthogonal(_checks.real('gain', gain))
@@ -402,7 +401,7 @@ def looksam(
 
 
 def random_sam(
-    rho: Any = 0.05,
+    rho: Radius = 0.05,
     *,
     rate: float = 0.5,
     reuse_psf: bool = True,
@@ -410,7 +409,7 @@ def random_sam(
     decay: float = 0.7,
     reuse_steps: int = 6,
     perturb_mask: Mask | None = None,
-    psf_dtype: _numerics.DTypeLike = None,
+    psf_dtype: DTypeLike = None,
     seed: int = 0,
     axis_name: _collectives.AxisName = None,
     per_device: bool = False,
@@ -420,29 +419,29 @@ def random_sam(
     vSAM without its controller: what its choice of the rate is measured against.
 
     Args:
-      rho: ρ, as in :func:`vsam`.
-      rate: the probability with which a step is sampled, in (0, 1].
-      reuse_psf: whether steps between samples reuse the PSF as :func:`vsam` does;
-        False takes the plain gradient and stores nothing.
-      window: K, for how many steps decisions are drawn at once.
-      decay: β, as in :func:`vsam`.
-      reuse_steps: R, as in :func:`vsam`.
-      perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-      psf_dtype: dtype in which the PSF is stored, as in :func:`vsam`.
-      seed: chooses which steps are sampled.
-      axis_name: the mapped axis over which to average, as in :func:`vsam`.
-      per_device: whether each device has its own perturbation, as in
-        :func:`vsam`.
+        rho: ρ, as in :func:`vsam`.
+        rate: the probability with which a step is sampled, in (0, 1].
+        reuse_psf: whether steps between samples reuse the PSF as :func:`vsam` does;
+            False takes the plain gradient and stores nothing.
+        window: K, for how many steps decisions are drawn at once.
+        decay: β, as in :func:`vsam`.
+        reuse_steps: R, as in :func:`vsam`.
+        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+        psf_dtype: dtype in which the PSF is stored, as in :func:`vsam`.
+        seed: chooses which steps are sampled.
+        axis_name: the mapped axis over which to average, as in :func:`vsam`.
+        per_device: whether each device has its own perturbation, as in
+            :func:`vsam`.
 
     Returns:
-      An :class:`optax.GradientTransformationExtraArgs` with state
-      :class:`vsam_jax.VSAMState`.
+        An :class:`optax.GradientTransformationExtraArgs` with state
+        :class:`vsam_jax.VSAMState`.
 
     Example:
-      >>> import jax.numpy as jnp, vsam_jax
-      >>> state = vsam_jax.random_sam(rate=0.3, window=1000).init(jnp.ones(2))
-      >>> print(int(state.plan.sum()))
-      284
+        >>> import jax.numpy as jnp, vsam_jax
+        >>> state = vsam_jax.random_sam(rate=0.3, window=1000).init(jnp.ones(2))
+        >>> print(int(state.plan.sum()))
+        284
     """
     reuse_psf = _checks.flag('reuse_psf', reuse_psf)
     return transform.sharpness_aware(
@@ -467,19 +466,19 @@ def static_args(method: Callable[..., Any]) -> tuple[str, ...]:
     All but ρ: they decide shapes, programs and masks.
 
     Args:
-      method: one of the methods above, or any function whose only argument that
-        may change over training is called ``rho``.
+        method: one of the methods above, or any function whose only argument that
+            may change over training is called ``rho``.
 
     Returns:
-      The names, for the argument ``static_args`` of ``inject_hyperparams``.
+        The names, for the argument ``static_args`` of ``inject_hyperparams``.
 
     Example:
-      >>> import jax.numpy as jnp, optax, vsam_jax
-      >>> method = optax.inject_hyperparams(
-      ...     vsam_jax.vsam, static_args=vsam_jax.static_args(vsam_jax.vsam))
-      >>> tx = optax.chain(method(rho=0.05), optax.sgd(0.1))
-      >>> opt_state = optax.tree.set(tx.init(jnp.ones(2)), rho=jnp.array(0.1))
-      >>> print(optax.tree.get(opt_state, 'rho'))
-      0.1
+        >>> import jax.numpy as jnp, optax, vsam_jax
+        >>> method = optax.inject_hyperparams(
+        ...     vsam_jax.vsam, static_args=vsam_jax.static_args(vsam_jax.vsam))
+        >>> tx = optax.chain(method(rho=0.05), optax.sgd(0.1))
+        >>> opt_state = optax.tree.set(tx.init(jnp.ones(2)), rho=jnp.array(0.1))
+        >>> print(optax.tree.get(opt_state, 'rho'))
+        0.1
     """
     return tuple(name for name in inspect.signature(method).parameters if name != 'rho')

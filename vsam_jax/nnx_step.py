@@ -13,10 +13,9 @@ import jax
 from flax import nnx
 
 from vsam_jax import _passes
+from vsam_jax._types import PyTree
 from vsam_jax.dispatch import PlannedStep
 from vsam_jax.state import VSAMState, locate_state
-
-PyTree = Any
 
 
 def make_nnx_train_step(

@@ -5,14 +5,13 @@ of the SAM family differ in it by the geometry in which ε has the length ρ.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from vsam_jax import _checks, _numerics
+from vsam_jax._types import PyTree
 
-PyTree = Any
 Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree]
 
 # Keeps ε finite at ‖g‖ = 0; the reference implementation's value.
@@ -25,24 +24,24 @@ def l2_ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
     .. math:: ε = ρ \, g / (‖g‖_2 + 10^{-12})
 
     Args:
-      grads: g, a tree of arrays.
-      params: w, unused: the ball is the same everywhere.
-      rho: ρ, a scalar.
+        grads: g, a tree of arrays.
+        params: w, unused: the ball is the same everywhere.
+        rho: ρ, a scalar.
 
     Returns:
-      ε, a tree like ``grads`` in float32 or wider; zero where ‖g‖ = 0.
+        ε, a tree like ``grads`` in float32 or wider; zero where ‖g‖ = 0.
 
     References:
-      Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
-      Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
+        Generalization <https://arxiv.org/abs/2010.01412>`_, 2021
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from vsam_jax import perturbation
-      >>> g = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
-      >>> e = perturbation.l2_ascent(g, g, 0.5)
-      >>> print(f"{e['a'][0]:.1f} {e['b'][0]:.1f}")
-      0.3 0.4
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import perturbation
+        >>> g = {'a': jnp.array([3.0]), 'b': jnp.array([4.0])}
+        >>> e = perturbation.l2_ascent(g, g, 0.5)
+        >>> print(f"{e['a'][0]:.1f} {e['b'][0]:.1f}")
+        0.3 0.4
     """
     del params
     scale = rho / (_numerics.wide_norm(grads) + _NORM_FLOOR)
@@ -57,27 +56,27 @@ def elementwise_ascent(
     .. math:: ε = ρ \, T^2 g / (‖T g‖_2 + 10^{-12}), \quad T = |w| + η
 
     Args:
-      eta: η >= 0. At 0 (most libraries' form) an element that is zero stays where
-        it is; the authors of ASAM add 0.01 to weights.
-      scale_mask: which tensors are scaled; the others have T = 1. A tree of
-        booleans like the parameters (or a prefix), or a callable that makes one
-        of them, such as :func:`all_but_biases` (the authors' choice). None
-        scales all.
+        eta: η >= 0. At 0 (most libraries' form) an element that is zero stays where
+            it is; the authors of ASAM add 0.01 to weights.
+        scale_mask: which tensors are scaled; the others have T = 1. A tree of
+            booleans like the parameters (or a prefix), or a callable that makes one
+            of them, such as :func:`all_but_biases` (the authors' choice). None
+            scales all.
 
     Returns:
-      A perturbation.
+        A perturbation.
 
     References:
-      Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for
-      Scale-Invariant Learning of Deep Neural Networks
-      <https://arxiv.org/abs/2102.11600>`_, 2021
+        Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for
+        Scale-Invariant Learning of Deep Neural Networks
+        <https://arxiv.org/abs/2102.11600>`_, 2021
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from vsam_jax import perturbation
-      >>> w, g = jnp.array([2.0, 0.0]), jnp.array([3.0, 1.0])
-      >>> print(perturbation.elementwise_ascent()(g, w, 0.5))
-      [1. 0.]
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import perturbation
+        >>> w, g = jnp.array([2.0, 0.0]), jnp.array([3.0, 1.0])
+        >>> print(perturbation.elementwise_ascent()(g, w, 0.5))
+        [1. 0.]
     """
     scale_mask = _checks.mask('scale_mask', scale_mask)
 
@@ -101,15 +100,15 @@ def all_but_biases(params: PyTree) -> PyTree:
     """A mask of the tensors that are not called ``bias``, as Flax calls them.
 
     Args:
-      params: a tree with names (of dicts, of attributes).
+        params: a tree with names (of dicts, of attributes).
 
     Returns:
-      A tree of booleans like ``params``.
+        A tree of booleans like ``params``.
 
     Example:
-      >>> from vsam_jax import perturbation
-      >>> print(perturbation.all_but_biases({'Dense': {'bias': 0.0, 'kernel': 1.0}}))
-      {'Dense': {'bias': False, 'kernel': True}}
+        >>> from vsam_jax import perturbation
+        >>> print(perturbation.all_but_biases({'Dense': {'bias': 0.0, 'kernel': 1.0}}))
+        {'Dense': {'bias': False, 'kernel': True}}
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) != 'bias', params
@@ -132,15 +131,15 @@ def perturb(
     that matters keep the parameters in float32 and compute in bfloat16.
 
     Args:
-      perturbation: maps (g, w, ρ) to ε, for instance :func:`l2_ascent`.
-      grads: g, a tree of arrays like ``params``.
-      params: w.
-      rho: ρ, a scalar.
-      mask: a tree of booleans like ``params``. Tensors at False stay as they are
-        and do not count in the norm. None perturbs all.
+        perturbation: maps (g, w, ρ) to ε, for instance :func:`l2_ascent`.
+        grads: g, a tree of arrays like ``params``.
+        params: w.
+        rho: ρ, a scalar.
+        mask: a tree of booleans like ``params``. Tensors at False stay as they are
+            and do not count in the norm. None perturbs all.
 
     Returns:
-      A tree like ``params``.
+        A tree like ``params``.
     """
     selected = lambda tree: select(tree, mask)
     epsilon = perturbation(selected(grads), selected(params), rho)

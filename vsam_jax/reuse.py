@@ -7,15 +7,15 @@ pass through the branches of a conditional; the direction is formed outside.
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from vsam_jax import _numerics
+from vsam_jax._types import DTypeLike, PyTree
 
-PyTree = Any
 Weights = tuple[jax.Array, ...]
 
 
@@ -27,7 +27,7 @@ class ReuseRule(Protocol):
         """The age of the empty memory that a run starts with."""
         ...
 
-    def init(self, params: PyTree, dtype: _numerics.DTypeLike) -> PyTree:
+    def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         """An empty memory, or None where the rule keeps none."""
         ...
 
@@ -53,31 +53,31 @@ def reuse_weight(
     *,
     decay: float,
     reuse_steps: int,
-    dtype: _numerics.DTypeLike = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     r"""The weight c(a) of a PSF that is a steps old.
 
     .. math:: c(0) = 1, \quad c(a) = β^a \; (a ≤ R), \quad c(a) = 0 \; (a > R)
 
     Args:
-      age: a, an int32 scalar.
-      decay: β.
-      reuse_steps: R.
-      dtype: of the result.
+        age: a, an int32 scalar.
+        decay: β.
+        reuse_steps: R.
+        dtype: of the result.
 
     Returns:
-      c(a), a scalar.
+        c(a), a scalar.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from vsam_jax import reuse
-      >>> for age in (0, 1, 2, 3):
-      ...   c = reuse.reuse_weight(jnp.array(age), decay=0.5, reuse_steps=2)
-      ...   print(c)
-      1.0
-      0.5
-      0.25
-      0.0
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import reuse
+        >>> for age in (0, 1, 2, 3):
+        ...   c = reuse.reuse_weight(jnp.array(age), decay=0.5, reuse_steps=2)
+        ...   print(c)
+        1.0
+        0.5
+        0.25
+        0.0
     """
     powers = jnp.asarray(decay, dtype) ** jnp.asarray(age).astype(dtype)
     return jnp.where(age <= reuse_steps, powers, 0).astype(dtype)
@@ -88,8 +88,8 @@ class DecayedDifference:
     """vSAM: the memory is the PSF s = g_SAM − g, the direction g + c(a)·s.
 
     Attributes:
-      decay: β.
-      reuse_steps: R.
+        decay: β.
+        reuse_steps: R.
     """
 
     decay: float
@@ -99,7 +99,7 @@ class DecayedDifference:
     def initial_age(self) -> int:
         return self.reuse_steps + 1
 
-    def init(self, params: PyTree, dtype: _numerics.DTypeLike) -> PyTree:
+    def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         return _zeros(params, dtype)
 
     def remember(
@@ -138,7 +138,7 @@ class RescaledOrthogonal:
     than the rounding error of g_SAM counts as zero, and so does its m.
 
     Attributes:
-      gain: α.
+        gain: α.
     """
 
     gain: float
@@ -147,7 +147,7 @@ class RescaledOrthogonal:
     def initial_age(self) -> int:
         return 0
 
-    def init(self, params: PyTree, dtype: _numerics.DTypeLike) -> PyTree:
+    def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         return _zeros(params, dtype)
 
     def remember(
@@ -194,7 +194,7 @@ class NoReuse:
     def initial_age(self) -> int:
         return 0
 
-    def init(self, params: PyTree, dtype: _numerics.DTypeLike) -> None:
+    def init(self, params: PyTree, dtype: DTypeLike) -> None:
         del params, dtype
 
     def remember(
@@ -214,7 +214,7 @@ class NoReuse:
         return memory
 
 
-def _zeros(params: PyTree, dtype: _numerics.DTypeLike) -> PyTree:
+def _zeros(params: PyTree, dtype: DTypeLike) -> PyTree:
     return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params)
 
 

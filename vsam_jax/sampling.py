@@ -17,7 +17,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from vsam_jax import _numerics, statistics
+from vsam_jax import statistics
+from vsam_jax._types import DTypeLike
 from vsam_jax.statistics import Rings
 
 
@@ -39,11 +40,11 @@ class SamplingRule(Protocol):
         """Whether every step is sampled, so that no conditional is needed."""
         ...
 
-    def init_rings(self, dtype: _numerics.DTypeLike) -> Rings | None:
+    def init_rings(self, dtype: DTypeLike) -> Rings | None:
         """Empty statistics, or None where the rule keeps none."""
         ...
 
-    def init_budget(self, dtype: _numerics.DTypeLike) -> jax.Array:
+    def init_budget(self, dtype: DTypeLike) -> jax.Array:
         """The budget b that is in force before the first window, a scalar."""
         ...
 
@@ -80,23 +81,23 @@ def next_budget(
       + α_2 \mathrm{rel}(V)), \; 1, \; ⌊K p_{max}⌋\big)
 
     Args:
-      budget: b, a scalar.
-      rings: Q (``ratios``) and V (``variances``) of the last samples.
-      norm_gain: α₁.
-      variance_gain: α₂.
-      max_budget: ⌊K·p_max⌋.
+        budget: b, a scalar.
+        rings: Q (``ratios``) and V (``variances``) of the last samples.
+        norm_gain: α₁.
+        variance_gain: α₂.
+        max_budget: ⌊K·p_max⌋.
 
     Returns:
-      The new b, finite and in [1, ``max_budget``] for any finite rings.
+        The new b, finite and in [1, ``max_budget``] for any finite rings.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from vsam_jax import sampling, statistics
-      >>> rings = statistics.init_rings(4, jnp.float32)._replace(
-      ...     ratios=jnp.array([1., 2., 4., 8.]), filled=jnp.array(4))
-      >>> print(sampling.next_budget(jnp.array(2.0), rings, norm_gain=0.5,
-      ...                            variance_gain=0.5, max_budget=4))
-      3.0
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import sampling, statistics
+        >>> rings = statistics.init_rings(4, jnp.float32)._replace(
+        ...     ratios=jnp.array([1., 2., 4., 8.]), filled=jnp.array(4))
+        >>> print(sampling.next_budget(jnp.array(2.0), rings, norm_gain=0.5,
+        ...                            variance_gain=0.5, max_budget=4))
+        3.0
     """
     growth = (
         1
@@ -120,19 +121,19 @@ def window_plan(budget: jax.Array, uniforms: jax.Array) -> jax.Array:
     most. So Hᵢ can stand for c in both cases.
 
     Args:
-      budget: b, a scalar in [1, K].
-      uniforms: u, an array [K] of numbers in [0, 1). A number that the
-        step-by-step rule would not look at may be NaN.
+        budget: b, a scalar in [1, K].
+        uniforms: u, an array [K] of numbers in [0, 1). A number that the
+            step-by-step rule would not look at may be NaN.
 
     Returns:
-      A bool array [K] with exactly ⌊b⌋ times True.
+        A bool array [K] with exactly ⌊b⌋ times True.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from vsam_jax import sampling
-      >>> u = jnp.array([0.1, 0.9, 0.2, 0.3])
-      >>> print(sampling.window_plan(jnp.array(2.5), u))
-      [False  True False  True]
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import sampling
+        >>> u = jnp.array([0.1, 0.9, 0.2, 0.3])
+        >>> print(sampling.window_plan(jnp.array(2.5), u))
+        [False  True False  True]
     """
     window = uniforms.shape[0]
     quota = jnp.floor(budget).astype(jnp.int32)
@@ -149,12 +150,12 @@ def window_uniforms(seed: int, window_index: jax.Array, window: int) -> jax.Arra
     leave the randomness alone, and a resumed run draws what the first one drew.
 
     Args:
-      seed: chooses the stream.
-      window_index: int32 scalar, the number of the window.
-      window: K.
+        seed: chooses the stream.
+        window_index: int32 scalar, the number of the window.
+        window: K.
 
     Returns:
-      A float32 array [K] in [0, 1), the same in 32- and 64-bit mode.
+        A float32 array [K] in [0, 1), the same in 32- and 64-bit mode.
     """
     # (seed, window) is the whole 64-bit key, so that drawing is one pass of the
     # generator; it is named, so that jax_default_prng_impl changes no plan.
@@ -171,13 +172,13 @@ class ByVariation:
     """vSAM: ⌊b⌋ samples a window, b driven by how much the PSF varies.
 
     Attributes:
-      window: K.
-      segments: S, divides K into groups of at least two.
-      warmup_steps: W.
-      norm_gain: α₁.
-      variance_gain: α₂.
-      max_rate: p_max.
-      seed: chooses the random numbers of the plans.
+        window: K.
+        segments: S, divides K into groups of at least two.
+        warmup_steps: W.
+        norm_gain: α₁.
+        variance_gain: α₂.
+        max_rate: p_max.
+        seed: chooses the random numbers of the plans.
     """
 
     window: int
@@ -198,10 +199,10 @@ class ByVariation:
         # 100 · 0.29 is 28.999999999999996 in binary; 29 is what was meant.
         return int(self.window * self.max_rate + 1e-9)
 
-    def init_rings(self, dtype: _numerics.DTypeLike) -> Rings:
+    def init_rings(self, dtype: DTypeLike) -> Rings:
         return statistics.init_rings(self.window, dtype)
 
-    def init_budget(self, dtype: _numerics.DTypeLike) -> jax.Array:
+    def init_budget(self, dtype: DTypeLike) -> jax.Array:
         return jnp.ones((), dtype)
 
     def observe(
@@ -240,7 +241,7 @@ class _FixedRate:
     def always(self) -> bool:
         return False
 
-    def init_rings(self, dtype: _numerics.DTypeLike) -> None:
+    def init_rings(self, dtype: DTypeLike) -> None:
         del dtype
 
     def observe(
@@ -259,7 +260,7 @@ class Periodic(_FixedRate):
     """Steps 0, k, 2k, … are sampled; k = 1 samples every step.
 
     Attributes:
-      period: k.
+        period: k.
     """
 
     period: int
@@ -273,7 +274,7 @@ class Periodic(_FixedRate):
     def always(self) -> bool:
         return self.period == 1
 
-    def init_budget(self, dtype: _numerics.DTypeLike) -> jax.Array:
+    def init_budget(self, dtype: DTypeLike) -> jax.Array:
         return jnp.array(self.window // self.period, dtype)
 
     def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
@@ -286,9 +287,9 @@ class AtRandom(_FixedRate):
     """Every step is sampled with the same probability, independently.
 
     Attributes:
-      rate: the probability.
-      window: K, for how many steps the numbers are drawn at once.
-      seed: chooses the random numbers.
+        rate: the probability.
+        window: K, for how many steps the numbers are drawn at once.
+        seed: chooses the random numbers.
     """
 
     rate: float
@@ -299,7 +300,7 @@ class AtRandom(_FixedRate):
     def always(self) -> bool:
         return self.rate == 1
 
-    def init_budget(self, dtype: _numerics.DTypeLike) -> jax.Array:
+    def init_budget(self, dtype: DTypeLike) -> jax.Array:
         return jnp.array(self.rate * self.window, dtype)
 
     def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:

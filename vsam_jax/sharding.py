@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-PyTree = Any
+from vsam_jax._types import PyTree
 
 
 def state_shardings(state: PyTree, params: PyTree) -> PyTree:
@@ -22,34 +22,34 @@ def state_shardings(state: PyTree, params: PyTree) -> PyTree:
     its path ends with the parameter's path; the longest such path counts.
 
     Args:
-      state: any tree in which the state stands: ``(params, opt_state)``, a
-        :class:`vsam_jax.TrainState`, an optimizer state. Of its leaves only the
-        shapes are looked at: ``jax.eval_shape(tx.init, params)`` will do.
-      params: the parameters, arrays or ``jax.ShapeDtypeStruct`` objects, with a
-        ``NamedSharding`` each, all on one mesh.
+        state: any tree in which the state stands: ``(params, opt_state)``, a
+            :class:`vsam_jax.TrainState`, an optimizer state. Of its leaves only the
+            shapes are looked at: ``jax.eval_shape(tx.init, params)`` will do.
+        params: the parameters, arrays or ``jax.ShapeDtypeStruct`` objects, with a
+            ``NamedSharding`` each, all on one mesh.
 
     Returns:
-      A tree like ``state`` of ``NamedSharding``.
+        A tree like ``state`` of ``NamedSharding``.
 
     Raises:
-      ValueError: if ``params`` are not all on one mesh.
+        ValueError: if ``params`` are not all on one mesh.
 
     Example:
-      >>> import jax, jax.numpy as jnp, optax, vsam_jax
-      >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-      >>> mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,))
-      >>> params = {'w': jnp.ones((8, 2)), 'b': jnp.ones(2)}
-      >>> params = jax.device_put(
-      ...     params, {'w': NamedSharding(mesh, P('data')),
-      ...              'b': NamedSharding(mesh, P())})
-      >>> tx = optax.chain(vsam_jax.vsam(), optax.adamw(1e-3))
-      >>> shardings = vsam_jax.state_shardings(
-      ...     jax.eval_shape(tx.init, params), params)
-      >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
-      >>> tuple(opt_state[0].psf['w'].sharding.spec)
-      ('data',)
-      >>> tuple(opt_state[0].plan.sharding.spec)
-      ()
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ('data',), axis_types=(AxisType.Auto,))
+        >>> params = {'w': jnp.ones((8, 2)), 'b': jnp.ones(2)}
+        >>> params = jax.device_put(
+        ...     params, {'w': NamedSharding(mesh, P('data')),
+        ...              'b': NamedSharding(mesh, P())})
+        >>> tx = optax.chain(vsam_jax.vsam(), optax.adamw(1e-3))
+        >>> shardings = vsam_jax.state_shardings(
+        ...     jax.eval_shape(tx.init, params), params)
+        >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+        >>> tuple(opt_state[0].psf['w'].sharding.spec)
+        ('data',)
+        >>> tuple(opt_state[0].plan.sharding.spec)
+        ()
     """
     wanted = {
         path: (leaf.shape, _named_sharding(path, leaf))

@@ -15,25 +15,25 @@ class VSAMState(NamedTuple):
     the widest dtype of the parameters where that is wider.
 
     Attributes:
-      step: int32 scalar, the number of updates made.
-      position: int32 scalar in [0, K), which step of the plan comes next.
-      plan: bool array [K], which steps of the current window are sampled. All
-        True during warm-up. The last update of a window already leaves the plan
-        of the next window here, so that a host can read it before that starts.
-      budget: scalar in the statistics dtype, b; ⌊b⌋ steps of a window are
-        sampled.
-      psf: the latest usable PSF (projection of the second-order gradient onto
-        the first-order one), a tree like the parameters in their dtypes or in
-        ``psf_dtype``; zeros at first. None in methods that reuse nothing.
-      age: int32 scalar, how many updates ago the PSF was sampled.
-      rings: statistics of the last K samples, [K] each, in the statistics dtype;
-        None in methods that use no statistics.
-      grad_norm: scalar in the statistics dtype, ‖g‖ of the latest usable sample.
-      psf_norm: the same of ‖s‖.
-      sampled: bool scalar, whether the latest update took a second gradient.
-      num_samples: int32 scalar, how many updates took a second gradient.
-      num_rejected: int32 scalar, how many of those were not finite and were
-        therefore neither kept nor counted in the statistics.
+        step: int32 scalar, the number of updates made.
+        position: int32 scalar in [0, K), which step of the plan comes next.
+        plan: bool array [K], which steps of the current window are sampled. All
+            True during warm-up. The last update of a window already leaves the plan
+            of the next window here, so that a host can read it before that starts.
+        budget: scalar in the statistics dtype, b; ⌊b⌋ steps of a window are
+            sampled.
+        psf: the latest usable PSF (projection of the second-order gradient onto
+            the first-order one), a tree like the parameters in their dtypes or in
+            ``psf_dtype``; zeros at first. None in methods that reuse nothing.
+        age: int32 scalar, how many updates ago the PSF was sampled.
+        rings: statistics of the last K samples, [K] each, in the statistics dtype;
+            None in methods that use no statistics.
+        grad_norm: scalar in the statistics dtype, ‖g‖ of the latest usable sample.
+        psf_norm: the same of ‖s‖.
+        sampled: bool scalar, whether the latest update took a second gradient.
+        num_samples: int32 scalar, how many updates took a second gradient.
+        num_rejected: int32 scalar, how many of those were not finite and were
+            therefore neither kept nor counted in the statistics.
     """
 
     step: jax.Array
@@ -54,19 +54,19 @@ def find_state(tree: Any) -> VSAMState:
     """The only :class:`VSAMState` inside any state: chained, wrapped, a train state.
 
     Args:
-      tree: a pytree with exactly one ``VSAMState`` in it.
+        tree: a pytree with exactly one ``VSAMState`` in it.
 
     Returns:
-      That state.
+        That state.
 
     Raises:
-      ValueError: if ``tree`` holds none or several.
+        ValueError: if ``tree`` holds none or several.
 
     Example:
-      >>> import jax.numpy as jnp, optax, vsam_jax
-      >>> tx = optax.chain(vsam_jax.vsam(), optax.sgd(0.1))
-      >>> print(vsam_jax.find_state(tx.init(jnp.ones(2))).step)
-      0
+        >>> import jax.numpy as jnp, optax, vsam_jax
+        >>> tx = optax.chain(vsam_jax.vsam(), optax.sgd(0.1))
+        >>> print(vsam_jax.find_state(tx.init(jnp.ones(2))).step)
+        0
     """
     return locate_state(tree)[1]
 

@@ -9,18 +9,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vsam_jax import _numerics
+from vsam_jax._types import DTypeLike
 
 
 class Rings(NamedTuple):
     """Statistics of the last K samples, each an array [K], oldest first.
 
     Attributes:
-      norms: N, the norms ‖s‖ of the projection of the second-order gradient.
-      ratios: Q, the norms ‖s‖ relative to the gradient's, ‖s‖ / ‖g‖.
-      variances: V, the variance of N within its segments (see
-        :func:`segment_variance`), each taken when its ‖s‖ had been pushed.
-      filled: int32 scalar, how many samples have been pushed, at most K.
+        norms: N, the norms ‖s‖ of the projection of the second-order gradient.
+        ratios: Q, the norms ‖s‖ relative to the gradient's, ‖s‖ / ‖g‖.
+        variances: V, the variance of N within its segments (see
+            :func:`segment_variance`), each taken when its ‖s‖ had been pushed.
+        filled: int32 scalar, how many samples have been pushed, at most K.
     """
 
     norms: jax.Array
@@ -29,7 +29,7 @@ class Rings(NamedTuple):
     filled: jax.Array
 
 
-def init_rings(window: int, dtype: _numerics.DTypeLike) -> Rings:
+def init_rings(window: int, dtype: DTypeLike) -> Rings:
     """Empty rings of length ``window``."""
     return Rings(
         norms=jnp.zeros((window,), dtype),
@@ -45,13 +45,13 @@ def push_sample(
     """Pushes one sample: ‖s‖, ‖s‖ / ‖g‖ and the new segment variance.
 
     Args:
-      rings: the rings before the sample.
-      grad_norm: ‖g‖, a finite scalar. Where it is zero the ratio is zero.
-      psf_norm: ‖s‖, a finite scalar.
-      segments: S, see :func:`segment_variance`.
+        rings: the rings before the sample.
+        grad_norm: ‖g‖, a finite scalar. Where it is zero the ratio is zero.
+        psf_norm: ‖s‖, a finite scalar.
+        segments: S, see :func:`segment_variance`.
 
     Returns:
-      The rings with the sample as their newest value, all of them finite.
+        The rings with the sample as their newest value, all of them finite.
     """
     limits = jnp.finfo(rings.norms.dtype)
     measurable = grad_norm >= limits.tiny
@@ -75,19 +75,19 @@ def segment_variance(norms: jax.Array, segments: int) -> jax.Array:
     """The variance of the norms within groups of similar ones.
 
     Args:
-      norms: N, an array [K].
-      segments: S, which divides K.
+        norms: N, an array [K].
+        segments: S, which divides K.
 
     Returns:
-      The mean over the S segments of the unbiased variance inside each segment
-      of sort(N), K/S consecutive values each; a scalar. Sorting first takes out
-      the trend, so that what is left is how unevenly the norms are spread.
+        The mean over the S segments of the unbiased variance inside each segment
+        of sort(N), K/S consecutive values each; a scalar. Sorting first takes out
+        the trend, so that what is left is how unevenly the norms are spread.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from vsam_jax import statistics
-      >>> print(statistics.segment_variance(jnp.array([9., 1., 3., 9.]), 2))
-      1.0
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import statistics
+        >>> print(statistics.segment_variance(jnp.array([9., 1., 3., 9.]), 2))
+        1.0
     """
     groups = jnp.sort(norms).reshape(segments, -1)
     return groups.var(axis=1, ddof=1).mean()
@@ -104,18 +104,18 @@ def relative_change(ring: jax.Array, filled: jax.Array) -> jax.Array:
     zero, whose change has no finite relative size, are left out of the mean.
 
     Args:
-      ring: x, an array [K] of finite values >= 0, oldest first.
-      filled: how many of the last values are samples.
+        ring: x, an array [K] of finite values >= 0, oldest first.
+        filled: how many of the last values are samples.
 
     Returns:
-      A finite scalar; zero where there is no pair.
+        A finite scalar; zero where there is no pair.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from vsam_jax import statistics
-      >>> ring = jnp.array([0.0, 0.0, 2.0, 3.0])
-      >>> print(statistics.relative_change(ring, filled=2))
-      0.5
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import statistics
+        >>> ring = jnp.array([0.0, 0.0, 2.0, 3.0])
+        >>> print(statistics.relative_change(ring, filled=2))
+        0.5
     """
     window = ring.shape[0]
     previous, current = ring[:-1], ring[1:]

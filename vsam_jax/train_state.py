@@ -9,6 +9,7 @@ overflow of a scaled loss skips the update and leaves no trace.
 from collections.abc import Callable
 from typing import Any, Protocol, Self
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,9 +17,8 @@ from flax.training import train_state as flax_train_state
 from flax.training.dynamic_scale import DynamicScale
 
 from vsam_jax import _checks, _collectives, _passes
+from vsam_jax._types import PyTree
 from vsam_jax.state import VSAMState
-
-PyTree = Any
 
 
 class TrainState(flax_train_state.TrainState):
@@ -34,7 +34,7 @@ class TrainState(flax_train_state.TrainState):
     """
 
     batch_stats: Any
-    dropout_key: jax.Array | None
+    dropout_key: chex.PRNGKey | None
     dynamic_scale: DynamicScale | None
 
     @classmethod
@@ -45,7 +45,7 @@ class TrainState(flax_train_state.TrainState):
         params: PyTree,
         tx: optax.GradientTransformation,
         batch_stats: PyTree | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_key: chex.PRNGKey | None = None,
         dynamic_scale: DynamicScale | None = None,
         **kwargs: Any,
     ) -> Self:

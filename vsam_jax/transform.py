@@ -6,7 +6,6 @@ one is reused (:mod:`vsam_jax.reuse`). This module puts any three together into
 an optax transformation; it knows none of them by name.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,15 +15,12 @@ import optax
 from vsam_jax import _checks, _collectives, _numerics, dispatch
 from vsam_jax import perturbation as perturbations
 from vsam_jax import reuse as reuses
+from vsam_jax._types import DTypeLike, GradFn, Mask, PyTree, Radius
 from vsam_jax.perturbation import Perturbation
 from vsam_jax.reuse import ReuseRule
 from vsam_jax.sampling import SamplingRule
 from vsam_jax.state import VSAMState
 from vsam_jax.statistics import Rings
-
-PyTree = Any
-GradFn = Callable[[PyTree], PyTree]
-Mask = PyTree | Callable[[PyTree], PyTree]
 
 
 class _Outcome(NamedTuple):
@@ -45,11 +41,11 @@ def sharpness_aware(
     perturbation: Perturbation,
     sampling: SamplingRule,
     reuse: ReuseRule,
-    rho: Any,
+    rho: Radius,
     *,
     stats_mask: Mask | None = None,
     perturb_mask: Mask | None = None,
-    psf_dtype: _numerics.DTypeLike = None,
+    psf_dtype: DTypeLike = None,
     axis_name: _collectives.AxisName = None,
     per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,19 +55,19 @@ def sharpness_aware(
     this function; their docstrings describe what ``init`` and ``update`` do.
 
     Args:
-      perturbation: where the second gradient is taken.
-      sampling: when it is taken.
-      reuse: how an old one is reused.
-      rho: ρ, see :func:`vsam_jax.vsam`, and so on for the other arguments.
-      stats_mask: which tensors the statistics are taken over.
-      perturb_mask: which tensors are perturbed.
-      psf_dtype: dtype in which the memory is stored.
-      axis_name: mapped axis over which gradients are averaged.
-      per_device: whether each device of that axis has its own perturbation.
+        perturbation: where the second gradient is taken.
+        sampling: when it is taken.
+        reuse: how an old one is reused.
+        rho: ρ, see :func:`vsam_jax.vsam`, and so on for the other arguments.
+        stats_mask: which tensors the statistics are taken over.
+        perturb_mask: which tensors are perturbed.
+        psf_dtype: dtype in which the memory is stored.
+        axis_name: mapped axis over which gradients are averaged.
+        per_device: whether each device of that axis has its own perturbation.
 
     Returns:
-      An :class:`optax.GradientTransformationExtraArgs` with state
-      :class:`vsam_jax.VSAMState`.
+        An :class:`optax.GradientTransformationExtraArgs` with state
+        :class:`vsam_jax.VSAMState`.
     """
     rho = _checks.radius('rho', rho)
     stats_mask = _checks.mask('stats_mask', stats_mask)

@@ -7,6 +7,7 @@ time; a cost is the median over the rounds of (its time / the time of SGD in the
 round), so that whatever else the machine does in a round touches both.
 """
 
+import math
 import pathlib
 import statistics
 import time
@@ -23,8 +24,11 @@ from rich import console, progress, table
 
 import vsam_jax
 from experiments import models, results
+from experiments.networks import vit
 
 _RHO = 0.05
+# A variant runs for about so many seconds in a round.
+_SECONDS = 0.3
 # A variant that is this many times slower than SGD is timed in few rounds.
 _SLOW = 8.0
 _ROUNDS_OF_SLOW = 3
@@ -66,6 +70,13 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
         (128, 32, 32, 3),
         10,
     ),
+    'transformer': lambda: Problem(
+        'ViT of 4 blocks, width 192, 64 tokens, batch 64',
+        vit.ViT(num_classes=10, depth=4),
+        (64, 32, 32, 3),
+        10,
+    ),
+    # The worst case: little computation for many parameters.
     'mlp': lambda: Problem(
         'MLP of 4 × 1024², batch 256',
         _MLP(width=1024, depth=4, num_classes=10),
@@ -192,7 +203,7 @@ def measure(
     Args:
         problem: the network.
         rounds: how many rounds.
-        steps: how many steps a variant makes in a round.
+        steps: how many steps a variant makes in a round, or more if they are short.
         advance: called after every round, for a progress bar.
 
     Returns:
@@ -202,6 +213,7 @@ def measure(
     """
     runners = {name: Runner(problem, variant) for name, variant in VARIANTS.items()}
     warm = {name: runner.run(1) for name, runner in runners.items()}
+    steps = max(steps, math.ceil(_SECONDS / runners['SGD'].run(1)))
     slow = {name for name in runners if warm[name] > _SLOW * warm['SGD']}
     seconds: dict[str, dict[int, float]] = {name: {} for name in runners}
     order = np.random.default_rng(0)
@@ -221,6 +233,7 @@ def measure(
             'times_sgd': results.quartiles(ratios(name, 'SGD')),
             'times_optax_sam': results.quartiles(ratios(name, 'optax.contrib.sam')),
             'rounds': len(seconds[name]),
+            'steps_per_round': 1 if name in slow else steps,
             'compile_seconds': runner.compile_seconds,
             'step_milliseconds': 1e3 * statistics.median(seconds[name].values()),
             'conditionals': runner.conditionals,
@@ -275,7 +288,6 @@ def main(arguments: Sequence[str]) -> None:
                     'command': results.command(),
                     **results.environment(),
                     'rounds': rounds,
-                    'steps_per_round': steps,
                     'problems': measured,
                 },
             )
@@ -285,10 +297,13 @@ def main(arguments: Sequence[str]) -> None:
 def define_flags() -> None:
     """Defines the flags; called by the program, not on import."""
     flags.DEFINE_multi_enum(
-        'problems', ['convolutions', 'mlp'], list(PROBLEMS), 'What to measure.'
+        'problems',
+        ['convolutions', 'transformer', 'mlp'],
+        list(PROBLEMS),
+        'What to measure.',
     )
     flags.DEFINE_integer('rounds', 15, 'How many rounds.', lower_bound=1)
-    flags.DEFINE_integer('steps', 3, 'Steps of a variant in a round.', lower_bound=1)
+    flags.DEFINE_integer('steps', 2, 'Least steps in a round.', lower_bound=1)
     flags.DEFINE_string('output', 'runs/benchmark.json', 'The result file.')
 
 

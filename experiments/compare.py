@@ -360,8 +360,7 @@ FOOTNOTE = (
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """The table of a comparison as Markdown."""
     lines = [header, ['---'] * len(header), *rows]
-    table = ''.join(f'| {" | ".join(line)} |\n' for line in lines)
-    return f'{table}\n{FOOTNOTE}\n'
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
@@ -377,7 +376,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 def write_report(summary: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
     """Writes the table and the figures beside the JSON."""
     files = [path / 'table.md', path / 'accuracy_vs_cost.png', path / 'training.png']
-    files[0].write_text(markdown(*rows_of(summary)))
+    files[0].write_text(f'{markdown(*rows_of(summary))}\n{FOOTNOTE}\n')
     plots.accuracy_against_cost(summary, files[1])
     plots.training_curves(summary, files[2])
     return files

@@ -160,13 +160,16 @@ def _timing(
                 experiment, steps, sample
             )
     seconds = timing.interleaved(chunks, rounds)
-    times = {
-        'settings': settings,
-        'seconds_per_step': {
-            name: [value / steps for value in values]
-            for name, values in seconds.items()
-        },
-    }
+    # Rounded as in the file, so that a later call returns the same.
+    times = results.jsonable(
+        {
+            'settings': settings,
+            'seconds_per_step': {
+                name: [value / steps for value in values]
+                for name, values in seconds.items()
+            },
+        }
+    )
     results.write_json(file, times)
     return times
 
@@ -211,6 +214,7 @@ def _summarize(
         'title': TITLES[method],
         'settings': runs[0]['config']['methods'][method],
         'test_accuracy': results.summary(run['test_accuracy'] for run in runs),
+        'best_on': runs[0]['best'].get('on', 'validation'),
         'best_test_accuracy': results.summary(
             run['best']['test_accuracy'] for run in runs
         ),
@@ -261,6 +265,10 @@ def tune(
             f' {sorted(shared)}.'
         )
     dataset = data.load(config.data)
+    if not dataset.validation.size:
+        raise configuration.ConfigError(
+            'config.data.validation must be at least 1 where settings are tuned, got 0.'
+        )
     tried: dict[str, list[dict[str, Any]]] = {method: [] for method, *_ in grid}
     total = sum(len(values) for _, _, values, _ in grid) * len(seeds)
     with progress.bar(total, f'{config.name} tuning') as bar:
@@ -319,11 +327,12 @@ def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of a comparison."""
     baseline = summary['methods'][summary['baseline']]['title']
     # Narrow enough for a terminal of 80 columns.
+    on_test = any(row.get('best_on') == 'test' for row in summary['methods'].values())
     header = [
         'Method',
         'ρ',
         'Accuracy, %',
-        'Best epoch*, %',
+        'Best on test, %' if on_test else 'Best epoch*, %',
         f'Time ({baseline} = 1)',
         'Sampled',
     ]

@@ -7,6 +7,7 @@ function takes it, and a misspelt one is an error that lists the right ones.
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +17,15 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments.augmentation import Augmentation
+
 T = TypeVar('T')
 
 # The fields of a run. `compare` and `tune` say which runs to make of it.
 FIELDS = (
     'name',
     'data',
+    'augmentation',
     'label_noise',
     'model',
     'models',
@@ -39,6 +43,7 @@ FIELDS = (
 )
 PLANS = ('compare', 'tune')
 DISPATCHES = ('planned', 'traced')
+_UNCHANGED = dataclasses.asdict(Augmentation())
 
 
 class ConfigError(ValueError):
@@ -149,6 +154,9 @@ def of_run(config: Any) -> dict[str, Any]:
     run = {name: _plain(config[name]) for name in FIELDS}
     run['models'] = {config.model: run['models'][config.model]}
     run['methods'] = {config.method: run['methods'][config.method]}
+    # None at all is said by leaving it out, as runs from before there was any do.
+    if {**_UNCHANGED, **run['augmentation']} == _UNCHANGED:
+        del run['augmentation']
     return run
 
 

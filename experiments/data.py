@@ -20,6 +20,18 @@ from experiments import configuration, tfds_data
 from experiments.augmentation import Augmentation, normalize
 
 
+class Epoch(NamedTuple):
+    """What the batches of an epoch follow from.
+
+    Attributes:
+        order: int32 array [steps, batch size], from :func:`epoch_order`.
+        key: from :func:`epoch_key`.
+    """
+
+    order: jax.Array
+    key: jax.Array
+
+
 class Split(NamedTuple):
     """Examples of one purpose.
 
@@ -43,7 +55,7 @@ class Dataset:
 
     Attributes:
         train: what is trained on.
-        validation: held back for choosing settings.
+        validation: held back for choosing settings; there may be none.
         test: held back for reporting; nothing is chosen by it.
         num_classes: how many classes there are.
         mean: [channels], subtracted from images in [0, 255]: the mean of the
@@ -177,7 +189,8 @@ def tfds(
         cache_dir: where the decoded images are kept; if it is empty, in ``data_dir``.
         train: how many examples are trained on; 0 means all that are left.
         validation: how many examples of the training split are held back for
-            choosing settings. Which these are does not depend on ``train``.
+            choosing settings, 0 for none. Which these are does not depend on
+            ``train``.
         test: how many examples of the test split are reported on; 0 means all.
         split_seed: chooses which are which, see :func:`digits`.
         train_split: what the data set calls the examples to train on.
@@ -205,6 +218,7 @@ def tfds(
             f' shape, got {shapes}.'
         )
     size, test_size = len(seen.labels), len(unseen.labels)
+    # No room for training is an error of the sizes, so there is one that says so.
     sizes = {'validation': validation, 'train': train or max(size - validation, 1)}
     test_sizes = {'test': test or test_size}
     _check_sizes(sizes, size)
@@ -225,8 +239,9 @@ NORMALIZATIONS = {
 
 def _check_sizes(sizes: dict[str, int], available: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f'{name} must be an integer >= 1, got {size!r}.')
+        low = 0 if name == 'validation' else 1
+        if size < low:
+            raise ValueError(f'{name} must be an integer >= {low}, got {size!r}.')
     if sum(sizes.values()) > available:
         raise ValueError(
             f'{" + ".join(sizes)} must be at most {available}, got'

@@ -13,6 +13,7 @@ import optax
 
 import vsam_jax
 from experiments import configuration, data, methods, models
+from experiments.augmentation import Augmentation
 
 PyTree = Any
 
@@ -28,9 +29,12 @@ class RunState(vsam_jax.TrainState):
     Attributes:
         record: float32 [rows, len(COLUMNS)]; step i stands in row i % rows. The
             host reads it once per interval instead of waiting for every step.
+        memory: what the method keeps besides the state of its optimizer; () if that
+            is nothing.
     """
 
     record: jax.Array
+    memory: PyTree
 
 
 class Experiment:
@@ -46,6 +50,7 @@ class Experiment:
     Attributes:
         dataset: the data set, with true labels.
         model: the network.
+        augmentation: how training images are changed at random.
         method: the optimizer and what goes with it.
         steps_per_epoch: full batches of an epoch.
         num_steps: steps of a run.
@@ -61,6 +66,9 @@ class Experiment:
         self.model = models.create(
             config.model, config.models[config.model], self.dataset.num_classes
         )
+        self.augmentation = configuration.call(
+            Augmentation, 'config.augmentation', config.augmentation
+        )
         self.batch_size = config.batch_size
         self.steps_per_epoch = data.steps_per_epoch(
             self.dataset.train.size, config.batch_size
@@ -71,7 +79,15 @@ class Experiment:
             config.method,
             config.methods[config.method],
             config.optimizer,
-            self.num_steps,
+            methods.Task(
+                num_steps=self.num_steps,
+                steps_per_epoch=self.steps_per_epoch,
+                num_examples=self.dataset.train.size,
+                num_classes=self.dataset.num_classes,
+                last_tensors=functools.partial(
+                    models.last_tensors, self.model, self.dataset.image_shape
+                ),
+            ),
         )
         train_step = _recorded(
             self.method.make_step(_loss_fn(self.model, config.label_smoothing)),
@@ -94,25 +110,29 @@ class Experiment:
             batch_stats=variables.get('batch_stats'),
             tx=self.method.tx,
             record=jnp.zeros((self.rows, len(COLUMNS)), jnp.float32),
+            memory=self.method.init_memory(),
         )
 
-    def epoch_order(self, seed: int, epoch: int) -> jax.Array:
-        """The examples of the batches of an epoch, [steps, batch size]."""
-        return data.epoch_order(
+    def epoch(self, seed: int, epoch: int) -> data.Epoch:
+        """What the batches of an epoch follow from, a function of both numbers."""
+        order = data.epoch_order(
             _stream(seed, 1),
             epoch,
             num_examples=self.dataset.train.size,
             batch_size=self.batch_size,
         )
+        return data.Epoch(order, data.epoch_key(_stream(seed, 2), epoch))
 
-    def batch(self, split: data.Split, order: jax.Array, index: int) -> PyTree:
+    def batch(self, split: data.Split, epoch: data.Epoch, index: int) -> PyTree:
         """One batch of an epoch; all epochs have the same number of them."""
         return data.take_batch(
             split,
             self.dataset.mean,
             self.dataset.std,
-            order,
+            epoch.order,
             np.int32(index % self.steps_per_epoch),
+            epoch.key,
+            augmentation=self.augmentation,
         )
 
     def compile(self, state: RunState, batch: PyTree) -> None:
@@ -138,12 +158,15 @@ class Experiment:
         if self.method.programs:
             numbers = jax.device_get(vsam_jax.metrics(state.opt_state))
             counts = {name: int(numbers[name]) for name in counts}
+        elif self.method.always_samples:
+            counts['num_samples'] = int(state.step)
         return counts
 
     def evaluate(self, state: RunState) -> dict[str, float]:
-        """Accuracies and losses on the examples held back."""
+        """Accuracies and losses on the examples held back, of each kind there is."""
         variables = {'params': state.params, 'batch_stats': state.batch_stats}
         splits = {'validation': self.dataset.validation, 'test': self.dataset.test}
+        splits = {name: split for name, split in splits.items() if split.size}
         totals = {}
         for name, split in splits.items():
             parts = [
@@ -177,6 +200,7 @@ def _init(model: nn.Module, key: jax.Array, image: jax.Array) -> PyTree:
 
 
 def _loss_fn(model: nn.Module, label_smoothing: float) -> Callable[..., Any]:
+    # What a step does not use of this is not computed.
     def loss_fn(params: PyTree, batch_stats: PyTree, batch: Any, key: Any, /):
         rngs = {} if key is None else {'dropout': key}
         logits, updated = model.apply(
@@ -187,9 +211,15 @@ def _loss_fn(model: nn.Module, label_smoothing: float) -> Callable[..., Any]:
             mutable=['batch_stats'],
         )
         targets = smooth_labels(batch['label'], logits.shape[-1], label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        losses = optax.softmax_cross_entropy(logits, targets)
+        loss = losses.mean()
         accuracy = jnp.mean(logits.argmax(-1) == batch['label'])
-        aux = {'loss': loss, 'accuracy': accuracy}
+        aux = {
+            'loss': loss,
+            'accuracy': accuracy,
+            'losses': losses,
+            'logits': logits,
+        }
         return loss, (updated.get('batch_stats', {}), aux)
 
     return loss_fn

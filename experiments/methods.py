@@ -1,6 +1,7 @@
 """Methods: from a configuration to an optax chain and what a driver must know."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,27 @@ import optax
 
 import vsam_jax
 from experiments import configuration
+from experiments.esam import ESAM
+from experiments.saf import SAF
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What methods may need to know of the run that they are made for.
+
+    Attributes:
+        num_steps: the length of the run.
+        steps_per_epoch: full batches of an epoch.
+        num_examples: examples that are trained on.
+        num_classes: the number of logits.
+        last_tensors: ``last_tensors(n)`` is a mask of the network's last n tensors.
+    """
+
+    num_steps: int
+    steps_per_epoch: int
+    num_examples: int
+    num_classes: int
+    last_tensors: Callable[[int], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +43,16 @@ class Method:
         make_step: builds the training step from a loss, as
             :func:`vsam_jax.make_train_step` does; for methods that are more than
             a transformation of gradients.
+        init_memory: makes what such a step keeps in ``state.memory``.
+        always_samples: whether every step takes a second gradient, where there is
+            no VSAMState that says so.
     """
 
     tx: optax.GradientTransformationExtraArgs
     programs: tuple[bool, ...]
     make_step: Callable[[Any], Callable[..., Any]] = vsam_jax.make_train_step
+    init_memory: Callable[[], Any] = tuple
+    always_samples: bool = False
 
 
 def _sgd() -> optax.GradientTransformation:
@@ -47,6 +74,8 @@ TITLES = {
     'sam': 'SAM',
     'asam': 'ASAM',
     'looksam': 'LookSAM',
+    'esam': 'ESAM',
+    'saf': 'SAF',
     'vsam': 'vSAM',
 }
 
@@ -57,7 +86,7 @@ def base_optimizer(
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """SGD with momentum, its learning rate decayed to 0 by a cosine.
 
     Args:
@@ -77,15 +106,17 @@ def base_optimizer(
     )
 
 
-def create(name: str, settings: Any, optimizer: Any, num_steps: int) -> Method:
+def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
     """Makes a method.
 
     Args:
         name: ``config.method``.
         settings: ``config.methods[name]``, the arguments of the method; in
-            ``optimizer`` it may have arguments of :func:`base_optimizer` of its own.
+            ``optimizer`` it may have arguments of :func:`base_optimizer` of its own,
+            and ``stats_tensors`` stands for a ``stats_mask`` of the network's last
+            so many tensors (0: of all).
         optimizer: ``config.optimizer``, those that all methods share.
-        num_steps: the length of the run.
+        task: what it is made for.
 
     Returns:
         The method.
@@ -93,14 +124,35 @@ def create(name: str, settings: Any, optimizer: Any, num_steps: int) -> Method:
     Raises:
         ConfigError: for unknown names and settings.
     """
-    direction, programs = configuration.pick('config.method', _DIRECTIONS, name)
+    configuration.pick('config.method', TITLES, name)
+    where = f'config.methods.{name}'
     settings = dict(settings)
     own = dict(settings.pop('optimizer', {}))
-    first = configuration.call(direction, f'config.methods.{name}', settings)
     base = configuration.call(
         base_optimizer,
         'config.optimizer',
         {**optimizer, **own},
-        num_steps=num_steps,
+        num_steps=task.num_steps,
     )
+    if name == 'esam':
+        esam = configuration.call(ESAM, where, settings)
+        return Method(base, (), make_step=esam.make_step, always_samples=True)
+    if name == 'saf':
+        saf = configuration.call(
+            SAF,
+            where,
+            settings,
+            num_examples=task.num_examples,
+            num_classes=task.num_classes,
+            steps_per_epoch=task.steps_per_epoch,
+        )
+        return Method(base, (), make_step=saf.make_step, init_memory=saf.init_memory)
+    direction, programs = _DIRECTIONS[name]
+    if 'stats_mask' in inspect.signature(direction).parameters:
+        tensors = settings.pop('stats_tensors', 0)
+        if tensors:
+            settings['stats_mask'] = configuration.call(
+                task.last_tensors, f'{where}.stats_tensors', {}, n=tensors
+            )
+    first = configuration.call(direction, where, settings)
     return Method(tx=optax.chain(first, base), programs=programs)

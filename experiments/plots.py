@@ -17,8 +17,10 @@ STYLES = {
     'vsam': ('#D55E00', 'D'),
     'asam': ('#009E73', '^'),
     'looksam': ('#CC79A7', 'v'),
+    'esam': ('#E69F00', 'P'),
+    'saf': ('#56B4E9', 'X'),
 }
-_OTHER = ('#E69F00', 'P')
+_OTHER = ('#000000', '.')
 _INK = '#333333'
 _SETTINGS: Any = {
     'font.size': 10,

@@ -48,13 +48,13 @@ def training_chunk(
         A function that makes the steps and returns the state.
     """
     state = experiment.init(seed=0)
-    order = experiment.epoch_order(seed=0, epoch=0)
+    epoch = experiment.epoch(seed=0, epoch=0)
     keywords = {} if sample is None else {'sample': sample}
 
     def chunk() -> Any:
         nonlocal state
         for index in range(steps):
-            batch = experiment.batch(experiment.dataset.train, order, index)
+            batch = experiment.batch(experiment.dataset.train, epoch, index)
             state, _ = experiment.step(state, batch, **keywords)
         return state
 

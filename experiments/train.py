@@ -83,7 +83,7 @@ def _run(
     dataset = experiment.dataset.with_label_noise(config.label_noise, config.seed)
     batch_of = functools.partial(experiment.batch, dataset.train)
     state = experiment.init(config.seed)
-    experiment.compile(state, batch_of(experiment.epoch_order(config.seed, 0), 0))
+    experiment.compile(state, batch_of(experiment.epoch(config.seed, 0), 0))
     with _Checkpoints(path, config) as checkpoints:
         state = checkpoints.restore(state)
         step = interval_start = int(state.step)
@@ -93,9 +93,9 @@ def _run(
 
         start = time.perf_counter()
         for epoch in range(step // experiment.steps_per_epoch, config.epochs):
-            order = experiment.epoch_order(config.seed, epoch)
+            batches = experiment.epoch(config.seed, epoch)
             for index in range(experiment.steps_per_epoch):
-                state, _ = experiment.step(state, batch_of(order, index))
+                state, _ = experiment.step(state, batch_of(batches, index))
                 bar.advance()
             step += experiment.steps_per_epoch
             evaluates = _is_due(config.eval_every, epoch, config.epochs)
@@ -175,13 +175,19 @@ def _read_record(state: RunState, start: int, end: int) -> dict[str, np.ndarray]
 
 
 def _describe(entry: dict[str, Any]) -> str:
+    judge = _judge(entry)
     text = (
-        f'epoch {entry["epoch"]} loss {entry["loss"]:.3f} validation'
-        f' {entry["validation_accuracy"]:.1%}'
+        f'epoch {entry["epoch"]} loss {entry["loss"]:.3f} {judge}'
+        f' {entry[f"{judge}_accuracy"]:.1%}'
     )
     if np.isfinite(entry['sampled']):
         text += f' sampled {entry["sampled"]:.0%}'
     return text
+
+
+def _judge(entry: dict[str, Any]) -> str:
+    """Which examples say what is best: validation, where there are any."""
+    return 'validation' if 'validation_accuracy' in entry else 'test'
 
 
 def _measured(
@@ -189,7 +195,8 @@ def _measured(
 ) -> dict[str, Any]:
     evaluations = [entry for entry in log if 'test_accuracy' in entry]
     last = evaluations[-1]
-    best = max(evaluations, key=lambda entry: entry['validation_accuracy'])
+    judge = _judge(last)
+    best = max(evaluations, key=lambda entry: entry[f'{judge}_accuracy'])
     seconds = sum(entry['seconds'] for entry in log)
     steps = last['step']
     counts = experiment.counts(state)
@@ -197,13 +204,14 @@ def _measured(
         'steps': steps,
         'epochs': last['epoch'],
         'parameters': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        # Of the last step; and of the evaluation that was best on validation.
+        # Of the last step; and of the evaluation that was best on these examples.
         'test_accuracy': last['test_accuracy'],
-        'validation_accuracy': last['validation_accuracy'],
+        'validation_accuracy': last.get('validation_accuracy'),
         'best': {
+            'on': judge,
             'epoch': best['epoch'],
             'test_accuracy': best['test_accuracy'],
-            'validation_accuracy': best['validation_accuracy'],
+            'validation_accuracy': best.get('validation_accuracy'),
         },
         'sampling_rate': counts['num_samples'] / steps,
         **counts,
@@ -223,7 +231,7 @@ def main(arguments: Sequence[str]) -> None:
     print(
         f'{result["name"]} {result["method"]} seed {result["seed"]}:'
         f' test accuracy {result["test_accuracy"]:.2%} after {result["steps"]} steps'
-        f' (best on validation: {result["best"]["test_accuracy"]:.2%}),'
+        f' (best on {result["best"]["on"]}: {result["best"]["test_accuracy"]:.2%}),'
         f' {result["step_seconds"] * 1e3:.2f} ms per step,'
         f' {result["images_per_second"]:,.0f} images/s,'
         f' sampling rate {result["sampling_rate"]:.2f}'

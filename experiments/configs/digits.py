@@ -20,6 +20,12 @@ def get_config() -> ml_collections.ConfigDict:
         'test': 500,
         'split_seed': 0,
     }
+    config.augmentation = {
+        'padding': 0,
+        'flip': False,
+        'cutout': 0,
+        'cutout_probability': 0.5,
+    }
     # So many training labels are changed to another class, drawn anew per seed.
     config.label_noise = 0.4
     config.label_smoothing = 0.0
@@ -43,6 +49,8 @@ def get_config() -> ml_collections.ConfigDict:
         # Not tuned: no part of the comparison.
         'asam': {'rho': 1.0, 'eta': 0.0},
         'looksam': {'rho': 1.0, 'every': 5, 'gain': 0.7},
+        'esam': {'rho': 1.0, 'beta': 0.6, 'gamma': 0.5, 'seed': 0},
+        'saf': {'weight': 0.3, 'temperature': 5.0, 'lag': 3, 'start': 5},
         'vsam': {
             'rho': 1.4,
             # The reference has 50, for runs of 78,000 steps. These have 600, in

@@ -17,10 +17,11 @@ from experiments import (
     data,
     experiment,
     methods,
+    models,
     progress,
     results,
 )
-from experiments.configs import digits
+from experiments.configs import cifar10, cifar100, digits
 from experiments.train import train
 
 # What methods are made for, where it does not matter.
@@ -167,6 +168,26 @@ def test_every_method_of_the_configuration_is_made_with_its_settings(config, nam
         assert float(numbers['psf_norm']) > 0
 
 
+def test_statistics_may_be_taken_over_the_last_tensors_alone(config, programs):
+    tx = experiment.Experiment(
+        changed(config, methods__vsam__stats_tensors=2), programs.dataset
+    ).method.tx
+    params = jax.tree.map(jnp.ones_like, programs.init(0).params)
+    first_update = jax.jit(lambda w: tx.update(w, tx.init(w), w, grad_fn=lambda w: w))
+    norm = vsam_jax.metrics(first_update(params)[1])['grad_norm']
+    # Of the classifier: 8 units, 10 classes.
+    np.testing.assert_allclose(norm, np.sqrt(8 * 10 + 10), rtol=1e-6)
+
+
+@pytest.mark.parametrize(('name', 'rate'), [('esam', 1.0), ('saf', 0.0)])
+def test_methods_without_a_plan_say_whether_they_take_second_gradients(
+    config, name, rate, tmp_path
+):
+    result = train(changed(config, method=name), tmp_path, bar=progress.Bar())
+    assert result['sampling_rate'] == rate
+    assert result['log'][-1]['loss'] > 0
+
+
 def test_a_method_may_have_a_learning_rate_of_its_own(config):
     settings = {'optimizer': {'learning_rate': 0.5}}
     own = methods.create(
@@ -189,6 +210,24 @@ def test_the_learning_rate_ends_at_zero():
 def test_smoothed_labels_spread_the_share_over_the_other_classes():
     smooth = experiment.smooth_labels(jnp.array([1]), 5, 0.1)
     np.testing.assert_allclose(smooth, [[0.025, 0.9, 0.025, 0.025, 0.025]], rtol=1e-6)
+
+
+def test_the_loss_is_the_cross_entropy_with_smoothed_labels(config, programs):
+    runs = experiment.Experiment(
+        changed(config, label_smoothing=0.1, dispatch='traced'), programs.dataset
+    )
+    state = runs.init(0)
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    batch = runs.batch(runs.dataset.train, runs.epoch(0, 0), 0)
+    logits, _ = runs.model.apply(
+        variables, batch['image'], train=True, mutable=['batch_stats']
+    )
+    targets = np.full(logits.shape, 0.1 / 9)
+    targets[np.arange(len(targets)), batch['label']] = 0.9
+    expected = -np.mean(np.sum(targets * jax.nn.log_softmax(logits), axis=-1))
+    new, _ = runs.step(state, batch)
+    loss = new.record[0, experiment.COLUMNS.index('loss')]
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 # --- The trainer --------------------------------------------------------------
@@ -221,6 +260,18 @@ def test_a_result_holds_settings_accuracies_times_and_what_ran(config, tmp_path)
     assert sum(sampled[3:7]) == 1  # A budget of 1 in the first window.
     assert log[0]['loss'] == pytest.approx(np.mean(trace[0]['loss']), rel=1e-6)
     assert not list(tmp_path.glob('.*'))
+
+
+def test_without_validation_examples_the_best_is_that_on_test(config, tmp_path):
+    config = changed(config, data__validation=0, method='sgd', eval_every=1)
+    result = train(config, tmp_path, bar=progress.Bar())
+    accuracies = [entry['test_accuracy'] for entry in result['log'][1::2]]
+    assert result['best']['on'] == 'test'
+    assert result['best']['test_accuracy'] >= max(accuracies)
+    assert result['validation_accuracy'] is None
+    assert not any('validation_accuracy' in entry for entry in result['log'])
+    with pytest.raises(configuration.ConfigError, match='validation must be at least'):
+        compare.tune(config, tmp_path, seeds=(100,), grid=())
 
 
 def test_training_learns(config, tmp_path):
@@ -314,9 +365,21 @@ class _Interrupt(progress.Bar):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_ends_as_if_it_had_not_been(config, programs, tmp_path):
-    # The checkpoint is from step 6, in the middle of a window.
-    config = changed(config, checkpoint_every=2, eval_every=4)
+@pytest.mark.parametrize('method', ['vsam', 'esam', 'saf'])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(config, method, tmp_path):
+    # The checkpoint is from step 6, in the middle of a window of vSAM; SAF compares
+    # with logits from before it.
+    config = changed(
+        config,
+        method=method,
+        checkpoint_every=2,
+        eval_every=4,
+        augmentation__padding=1,
+        augmentation__cutout=3,
+        methods__saf__lag=1,
+        methods__saf__start=1,
+    )
+    programs = experiment.Experiment(config)
     go = lambda name, bar: train(config, tmp_path / name, experiment=programs, bar=bar)
     whole = go('whole', progress.Bar())
     with pytest.raises(KeyboardInterrupt):
@@ -340,6 +403,37 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(config, programs, tmp_pat
             experiment=programs,
             bar=progress.Bar(),
         )
+
+
+def test_augmentation_follows_from_seed_and_epoch_and_changes_training(
+    config, programs
+):
+    augmented = experiment.Experiment(
+        changed(config, augmentation__padding=2), programs.dataset
+    )
+    split = programs.dataset.train
+
+    def images(runs: experiment.Experiment, seed: int, epoch: int, index: int):
+        # The same examples, so that it is the changes that differ.
+        order = programs.epoch(0, 0).order
+        batch = runs.batch(
+            split, runs.epoch(seed, epoch)._replace(order=order[:1].repeat(3, 0)), index
+        )
+        return np.asarray(batch['image'])
+
+    first = images(augmented, 0, 0, 0)
+    np.testing.assert_array_equal(first, images(augmented, 0, 0, 0))
+    for other in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        assert np.any(first != images(augmented, *other))
+    plain = images(programs, 0, 0, 0)
+    assert np.any(first != plain)
+    np.testing.assert_array_equal(plain, images(programs, 1, 1, 1))
+
+
+def test_runs_from_before_there_was_augmentation_stay_valid(config):
+    assert 'augmentation' not in configuration.of_run(config)
+    augmented = configuration.of_run(changed(config, augmentation__flip=True))
+    assert augmented['augmentation']['flip'] is True
 
 
 def test_a_finished_run_is_not_run_again(config, programs, tmp_path):
@@ -369,6 +463,11 @@ def test_a_finished_run_is_not_run_again(config, programs, tmp_path):
         ({'batch_size': 999}, r'config.batch_size must be at most 120'),
         ({'label_noise': 1.5}, r'config.label_noise must be a share'),
         ({'methods.vsam.rho': -1.0}, r'config.methods.vsam: rho must be'),
+        ({'augmentation.padding': -1}, r'config.augmentation: padding must be an int'),
+        ({'augmentation.crop': 4}, r"config.augmentation holds 'crop'.*padding"),
+        ({'methods.vsam.stats_tensors': 99}, r'stats_tensors: n must be .* got 99'),
+        ({'method': 'esam', 'methods.esam.beta': 2.0}, 'config.methods.esam: beta'),
+        ({'method': 'saf', 'methods.saf.lag': 0}, 'config.methods.saf: lag must be'),
         ({'data.train': 1790}, r'config.data: .*at most 1797'),
     ],
 )
@@ -518,5 +617,27 @@ def test_the_digits_configuration_is_complete_and_its_seeds_are_apart():
     configuration.check(config)
     assert not set(config.tune.seeds) & set(config.compare.seeds)
     assert len(config.compare.seeds) >= 5
-    for method in config.compare.methods:
+    for method in config.methods:
         methods.create(method, config.methods[method], config.optimizer, TASK)
+
+
+@pytest.mark.parametrize(
+    ('config', 'num_classes'),
+    [(cifar10.get_config(), 10), (cifar100.get_config(), 100)],
+    ids=['cifar10', 'cifar100'],
+)
+def test_the_configurations_of_cifar_are_the_published_recipe(config, num_classes):
+    configuration.check(config)
+    assert not set(config.tune.seeds) & set(config.compare.seeds)
+    for name in config.models:
+        models.create(name, config.models[name], num_classes)
+    for name in config.methods:
+        methods.create(name, config.methods[name], config.optimizer, TASK)
+    assert set(config.compare.methods) <= set(config.methods)
+    assert config.data.name == config.name
+    assert config.data.statistics in data.NORMALIZATIONS
+    # 200 epochs of ⌊50,000 / 128⌋ steps; warm-up of three of them.
+    assert (config.epochs, config.batch_size) == (200, 128)
+    assert config.methods.vsam.warmup_steps == 3 * (50_000 // config.batch_size)
+    assert config.optimizer.learning_rate == 0.05
+    assert config.optimizer.weight_decay == 1e-3

@@ -56,10 +56,10 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
     config.method = 'vsam'
     config.methods = {
         'sgd': {},
-        'sam': {'rho': 0.05, 'stats_tensors': 10},
+        'sam': {'rho': 0.05},
         # Radii of ASAM are not comparable with those of the others.
-        'asam': {'rho': 0.5, 'eta': 0.01, 'stats_tensors': 10},
-        'looksam': {'rho': 0.05, 'every': 5, 'gain': 0.7, 'stats_tensors': 10},
+        'asam': {'rho': 0.5, 'eta': 0.01},
+        'looksam': {'rho': 0.05, 'every': 5, 'gain': 0.7},
         'esam': {'rho': 0.05, 'beta': 0.6, 'gamma': 0.5, 'seed': 0},
         'saf': {'weight': 0.3, 'temperature': 5.0, 'lag': 3, 'start': 5},
         'vsam': {

@@ -5,10 +5,12 @@
 ``log.jsonl``         one line per logging interval: means, accuracies, speed
 ``trace.jsonl``       one line per interval with a list of numbers of each step
 ``checkpoints/``      the last complete checkpoint, where the settings ask for any
+``tensorboard/``      the numbers of ``log.jsonl`` as events, for TensorBoard
 ====================  ==========================================================
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -16,6 +18,7 @@ import pathlib
 import platform
 import resource
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -30,6 +33,7 @@ RESULT = 'result.json'
 LOG = 'log.jsonl'
 TRACE = 'trace.jsonl'
 CHECKPOINTS = 'checkpoints'
+TENSORBOARD = 'tensorboard'
 
 
 def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
@@ -149,6 +153,44 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return entries
+
+
+class Events:
+    """Scalars for TensorBoard; none where tensorboardX is not installed.
+
+    Args:
+        path: the directory of the events, made anew: what an interrupted run left
+            there may lack events and have some of steps that are made again.
+        entries: the entries of the log so far.
+    """
+
+    def __init__(self, path: pathlib.Path, entries: Iterable[dict[str, Any]] = ()):
+        self._writer: Any = None
+        if importlib.util.find_spec('tensorboardX') is None:
+            return
+        # Takes a while to import.
+        import tensorboardX
+
+        shutil.rmtree(path, ignore_errors=True)
+        self._writer = tensorboardX.SummaryWriter(str(path), flush_secs=10)
+        for entry in entries:
+            self.append(entry)
+
+    def __enter__(self) -> 'Events':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Writes the finite numbers of an entry of the log, at its step."""
+        if self._writer is None:
+            return
+        for name, value in entry.items():
+            # Numbers that were not finite are null where the log was read.
+            if name != 'step' and value is not None and math.isfinite(value):
+                self._writer.add_scalar(name, value, entry['step'])
 
 
 def environment() -> dict[str, Any]:

@@ -6,6 +6,7 @@ Use it so, ``--config.x=1`` overrides a field of the configuration:
         --config.method=vsam --workdir=runs/vsam
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -84,12 +85,16 @@ def _run(
     batch_of = functools.partial(experiment.batch, dataset.train)
     state = experiment.init(config.seed)
     experiment.compile(state, batch_of(experiment.epoch(config.seed, 0), 0))
-    with _Checkpoints(path, config) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(_Checkpoints(path, config))
         state = checkpoints.restore(state)
         step = interval_start = int(state.step)
         bar.advance(step)
         log = results.Lines(path / results.LOG, keep=step)
         trace = results.Lines(path / results.TRACE, keep=step)
+        events = stack.enter_context(
+            results.Events(path / results.TENSORBOARD, log.entries)
+        )
 
         start = time.perf_counter()
         for epoch in range(step // experiment.steps_per_epoch, config.epochs):
@@ -118,6 +123,7 @@ def _run(
                 bar.note(_describe(entry))
             trace.append({'step': step, **numbers})
             log.append(entry)
+            events.append(entry)
             if saves:
                 checkpoints.save(step, state)
             interval_start, start = step, time.perf_counter()

@@ -2,6 +2,10 @@
 
 import json
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 from typing import Any
 
 import jax
@@ -252,6 +256,12 @@ def test_a_result_holds_settings_accuracies_times_and_what_ran(config, tmp_path)
     trace = results.read_lines(tmp_path / results.TRACE)
     assert log == result['log']
     assert [entry['step'] for entry in log] == [6, 12]
+    accuracies = [
+        (step, pytest.approx(value))
+        for step, name, value in scalars_of(tmp_path / results.TENSORBOARD)
+        if name == 'test_accuracy'
+    ]
+    assert accuracies == [(entry['step'], entry['test_accuracy']) for entry in log]
     sampled = [value for entry in trace for value in entry['sampled']]
     assert len(sampled) == 12
     assert sum(sampled) == result['num_samples']
@@ -499,6 +509,95 @@ def test_a_line_that_was_cut_short_and_later_steps_are_dropped(tmp_path):
     lines.append({'step': 5})
     assert [entry['step'] for entry in results.read_lines(path)] == [1, 2, 5]
     assert lines.entries == results.read_lines(path)
+
+
+def scalars_of(path: pathlib.Path) -> list[tuple[int, str, float]]:
+    """Step, name and value of the events of a directory."""
+    event_pb2 = pytest.importorskip('tensorboardX.proto.event_pb2')
+    (file,) = path.iterdir()
+    content, scalars = file.read_bytes(), []
+    while content:
+        # Length, its checksum, the event, its checksum.
+        end = 12 + int.from_bytes(content[:8], 'little')
+        event = event_pb2.Event.FromString(content[12:end])
+        scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+        content = content[end + 4 :]
+    return scalars
+
+
+def test_tensorboard_shows_the_log_and_nothing_else(tmp_path):
+    log = [
+        {'step': 3, 'loss': 0.5, 'budget': None},
+        {'step': 6, 'loss': 0.25, 'budget': float('nan')},
+        {'step': 9, 'loss': 0.125, 'budget': 2.0},
+    ]
+    with results.Events(tmp_path / 'x') as events:
+        events.append({'step': 6, 'loss': 9.0})
+    # As if the first run had been interrupted, with a checkpoint of step 3.
+    with results.Events(tmp_path / 'x', log[:1]) as events:
+        for entry in log[1:]:
+            events.append(entry)
+    assert scalars_of(tmp_path / 'x') == [
+        (3, 'loss', 0.5),
+        (6, 'loss', 0.25),
+        (9, 'loss', 0.125),
+        (9, 'budget', 2.0),
+    ]
+
+
+def test_no_events_are_written_without_tensorboardx(tmp_path, monkeypatch):
+    monkeypatch.setattr(results.importlib.util, 'find_spec', lambda _: None)
+    with results.Events(tmp_path / 'x') as events:
+        events.append({'step': 1, 'loss': 0.5})
+    assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
+    settings = {
+        'model': 'mlp',
+        'epochs': 40,
+        'checkpoint_every': 2,
+        'augmentation.padding': 1,
+        'methods.vsam.warmup_steps': 5,
+    }
+    flags = [f'--config.{name}={value}' for name, value in settings.items()]
+
+    def start(name: str) -> subprocess.Popen:
+        program = [sys.executable, '-m', 'experiments.train']
+        return subprocess.Popen(
+            [
+                *program,
+                '--config=experiments/configs/digits.py',
+                f'--workdir={tmp_path / name}',
+                *flags,
+            ],
+            cwd=pathlib.Path(__file__).parent.parent,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return results.read_lines(tmp_path / name / results.LOG)
+
+    assert start('whole').wait(timeout=300) == 0
+    killed = []
+    # Killed at once after a line of the log, so often while saving as well.
+    for target in (2, 5, 9):
+        process = start('cut')
+        while process.poll() is None and len(lines('cut')) < target:
+            time.sleep(0.001)
+        process.kill()
+        killed.append(process.wait())
+        assert not (tmp_path / 'cut' / results.RESULT).exists()
+    assert killed == [-signal.SIGKILL] * 3
+    process = start('cut')
+    assert process.wait(timeout=300) == 0
+    traces = [
+        results.read_lines(tmp_path / name / results.TRACE) for name in ('whole', 'cut')
+    ]
+    assert traces[0] == traces[1]
+    assert without_times(lines('whole')) == without_times(lines('cut'))
 
 
 # --- Comparisons --------------------------------------------------------------

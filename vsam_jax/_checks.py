@@ -77,8 +77,11 @@ def radius(name: str, value: Any) -> Any:
     if callable(value):
         return value
     allowed = 'a finite number >= 0 or a schedule (a callable of the step)'
-    if isinstance(value, jax.Array):
-        if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating):
+    if isinstance(value, (jax.Array, np.ndarray)):
+        number = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
+            value.dtype, jnp.integer
+        )
+        if value.ndim or not number:
             raise TypeError(
                 f'{name} must be {allowed}, got an array of shape {value.shape} and'
                 f' dtype {value.dtype}.'
@@ -87,7 +90,8 @@ def radius(name: str, value: Any) -> Any:
             return value
     elif isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f'{name} must be {allowed}, got {value!r}.')
-    if not (math.isfinite(float(value)) and float(value) >= 0):
+    # Wider numbers would be infinite in the statistics dtype.
+    if not 0 <= float(value) <= float(np.finfo(np.float32).max):
         raise ValueError(f'{name} must be {allowed}, got {value!r}.')
     return value
 
@@ -101,9 +105,29 @@ def floating_dtype(name: str, value: Any) -> Any:
         dtype = jnp.dtype(value)
     except TypeError:
         raise TypeError(f'{name} must be {allowed}, got {value!r}.') from None
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not _computable(dtype):
         raise TypeError(f'{name} must be {allowed}, got {value!r}.')
     return dtype
+
+
+def _computable(dtype: Any) -> bool:
+    """Whether arrays of ``dtype`` are real numbers that jax widens by itself."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return False
+    try:
+        jnp.promote_types(dtype, jnp.float32)
+    except ValueError:  # TypePromotionError: float8 and narrower.
+        return False
+    return True
+
+
+def instance(name: str, value: Any, protocol: Any, example: str) -> Any:
+    """Returns ``value`` if it has what ``protocol`` asks for, or raises."""
+    if not isinstance(value, protocol):
+        raise TypeError(
+            f'{name} must be a {protocol.__name__}, such as {example}, got {value!r}.'
+        )
+    return value
 
 
 def flag(name: str, value: Any) -> bool:
@@ -142,7 +166,9 @@ def _check_mask_leaves(name: str, tree: PyTree) -> None:
             )
 
 
-def resolve_mask(name: str, value: Any, params: PyTree) -> PyTree | None:
+def resolve_mask(
+    name: str, value: Any, params: PyTree, *, allow_empty: bool = False
+) -> PyTree | None:
     """Returns the mask as a tree of booleans shaped like ``params``, or None."""
     if value is None or not jax.tree.leaves(params):
         return None
@@ -160,7 +186,7 @@ def resolve_mask(name: str, value: Any, params: PyTree) -> PyTree | None:
             f' got {jax.tree.structure(tree)} for parameters'
             f' {jax.tree.structure(params)}.'
         ) from error
-    if not any(jax.tree.leaves(full)):
+    if not (allow_empty or any(jax.tree.leaves(full))):
         raise ValueError(
             f'{name} must pick at least one tensor, but it is False for all'
             f' {len(jax.tree.leaves(full))} of them.'
@@ -196,7 +222,7 @@ def floating_leaves(name: str, tree: PyTree) -> None:
             raise TypeError(
                 f'{name} must hold arrays; at {_where(path)} it holds {leaf!r}.'
             )
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if not _computable(leaf.dtype):
             raise TypeError(
                 f'{name} must hold real floating-point arrays; at {_where(path)} the'
                 f' dtype is {leaf.dtype}. (For complex parameters wrap the whole'

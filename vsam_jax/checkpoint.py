@@ -208,7 +208,8 @@ def _configuration(config: Mapping[str, Any], state: PyTree) -> dict[str, Any]:
 
 def _array_type(x: Any) -> str:
     """Dtype and shape, such as ``float32[3,4]``."""
-    dtype = getattr(x, 'dtype', type(x).__name__)
+    # A counter that starts as a Python number comes back from a step as an array.
+    dtype = x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
     return f'{dtype}[{",".join(map(str, getattr(x, "shape", ())))}]'
 
 
@@ -246,6 +247,7 @@ def _differences(where: str, found: Any, wanted: Any) -> list[str]:
             else:
                 lines += _differences(here, found[key], wanted[key])
         return lines
-    if found == wanted:
+    both_nan = found != found and wanted != wanted
+    if found == wanted or both_nan:
         return []
     return [f'{where} is {found!r} in the checkpoint, {wanted!r} in this run']

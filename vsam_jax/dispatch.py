@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
-from vsam_jax.state import VSAMState, locate_state
+from vsam_jax.state import VSAMState, locate_state, with_own_buffers
 
 T = TypeVar('T')
 
@@ -147,6 +147,7 @@ class PlannedStep:
             sample: jax.jit(_specialize(train_step, sample), **jit_options)
             for sample in (True, False)
         }
+        self._donates = 'donate_argnums' in jit_options
         self._window: _Window | None = None
         self.num_reads = 0
 
@@ -157,7 +158,7 @@ class PlannedStep:
         two. Calling it advances the state past this driver's knowledge, which the
         next call notices.
         """
-        return self._programs[sample]
+        return self._programs[_decision(sample)]
 
     def __call__(
         self, state: Any, *args: Any, sample: bool | None = None
@@ -172,10 +173,12 @@ class PlannedStep:
         Returns:
             What ``train_step`` returns.
         """
-        window = self._current_window(state)
+        if sample is not None:
+            sample = _decision(sample)
+        window, state = self._current_window(state)
         if sample is None:
             sample = window.plan[window.taken]
-        output = self._programs[bool(sample)](state, *args)
+        output = self._programs[sample](state, *args)
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
                 'train_step must return a pair (state, anything), got'
@@ -188,11 +191,14 @@ class PlannedStep:
         """The plan in ``state``, and which of its leaves is the step counter."""
         return locate_state(state)
 
-    def _current_window(self, state: Any) -> '_Window':
+    def _current_window(self, state: Any) -> tuple['_Window', Any]:
+        """The window that ``state`` stands in, and the state, ready to be donated."""
         window = self._window
         continues = window is not None and window.precedes(state)
         if window is not None and continues and window.taken < len(window.plan):
-            return window
+            return window, state
+        if self._donates and not continues:
+            state = with_own_buffers(state)
         new = _Window.read(*self._locate(state))
         self.num_reads += 1
         if window is not None and continues and new.step != window.next_step:
@@ -201,9 +207,16 @@ class PlannedStep:
                 ' what the calls of this PlannedStep add up to: some calls did not'
                 ' advance it. Every call must; skip a bad update after vsam, as in'
                 ' chain(vsam(...), apply_if_finite(sgd(...), ...)), not around it.'
+                ' To go on, make a new PlannedStep or restore a checkpoint.'
             )
         self._window = new
-        return new
+        return new, state
+
+
+def _decision(sample: Any) -> bool:
+    if not isinstance(sample, (bool, np.bool_)):
+        raise TypeError(f'sample must be None or a Python bool, got {sample!r}.')
+    return bool(sample)
 
 
 def _specialize(train_step: Callable[..., Any], sample: bool):

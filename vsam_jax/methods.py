@@ -27,8 +27,6 @@ from vsam_jax import (
 )
 from vsam_jax._types import DTypeLike, Mask, Radius
 
-_MAX_SEED = 2**32 - 1
-
 
 def vsam(
     rho: Radius = 0.05,
@@ -188,47 +186,27 @@ def vsam(
         >>> print(int(opt_state[0].num_samples))
         3
     """
-    window = _checks.integer('window', window, low=2)
-    segments = _checks.integer('segments', segments, low=1)
-    if window % segments or window // segments < 2:
-        raise ValueError(
-            'segments must divide window into groups of at least two (a variance'
-            f' needs two values), got segments={segments} for window={window}.'
-        )
     if warmup_steps is None:
-        warmup_steps = 2 * window - 1
-    max_rate = _checks.real('max_rate', max_rate, high=1.0, open_low=True)
+        warmup_steps = 2 * _checks.integer('window', window, low=2) - 1
     rule = sampling.ByVariation(
         window=window,
         segments=segments,
-        warmup_steps=_checks.integer('warmup_steps', warmup_steps, low=0),
-        norm_gain=_checks.real('norm_gain', norm_gain),
-        variance_gain=_checks.real('variance_gain', variance_gain),
+        warmup_steps=warmup_steps,
+        norm_gain=norm_gain,
+        variance_gain=variance_gain,
         max_rate=max_rate,
-        seed=_checks.integer('seed', seed, low=0, high=_MAX_SEED),
+        seed=seed,
     )
-    if rule.max_budget < 1:
-        raise ValueError(
-            'max_rate must allow at least one sample a window (max_rate * window >='
-            f' 1), got max_rate={max_rate} for window={window}.'
-        )
     return transform.sharpness_aware(
         perturbation.l2_ascent,
         rule,
-        _decayed_difference(decay, reuse_steps),
+        reuse.DecayedDifference(decay, reuse_steps),
         rho,
         stats_mask=stats_mask,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
         axis_name=axis_name,
         per_device=per_device,
-    )
-
-
-def _decayed_difference(decay: float, reuse_steps: int) -> reuse.DecayedDifference:
-    return reuse.DecayedDifference(
-        decay=_checks.real('decay', decay, high=1.0),
-        reuse_steps=_checks.integer('reuse_steps', reuse_steps, low=0, high=2**31 - 2),
     )
 
 
@@ -331,7 +309,7 @@ def asam(
         -2.20
     """
     return transform.sharpness_aware(
-        perturbation.elementwise_ascent(_checks.real('eta', eta), scale_mask),
+        perturbation.elementwise_ascent(eta, scale_mask),
         sampling.Periodic(1),
         reuse.NoReuse(),
         rho,
@@ -387,7 +365,7 @@ def looksam(
         3
     """
     every = _checks.integer('every', every, low=1, high=2**20)
-    rule = reuse.RescaledOrthogonal(_checks.real('gain', gain))
+    rule = reuse.RescaledOrthogonal(gain)
     return transform.sharpness_aware(
         perturbation.l2_ascent,
         sampling.Periodic(every),
@@ -447,11 +425,11 @@ def random_sam(
     return transform.sharpness_aware(
         perturbation.l2_ascent,
         sampling.AtRandom(
-            rate=_checks.real('rate', rate, high=1.0, open_low=True),
-            window=_checks.integer('window', window, low=1),
-            seed=_checks.integer('seed', seed, low=0, high=_MAX_SEED),
+            rate=rate,
+            window=window,
+            seed=seed,
         ),
-        _decayed_difference(decay, reuse_steps) if reuse_psf else reuse.NoReuse(),
+        reuse.DecayedDifference(decay, reuse_steps) if reuse_psf else reuse.NoReuse(),
         rho,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 
 from vsam_jax import _passes
@@ -93,7 +94,12 @@ def make_nnx_train_step(
         grads = jax.tree.unflatten(
             jax.tree.structure(params), jax.tree.leaves(passes.grads)
         )
-        optimizer.update(model, grads, grad_fn=passes.grad_fn, sample=sample)
+        # Others than these take no extra arguments, and refuse them.
+        if isinstance(optimizer.tx, optax.GradientTransformationExtraArgs):
+            extra = {'grad_fn': passes.grad_fn, 'sample': sample}
+        else:
+            extra = {}
+        optimizer.update(model, grads, **extra)
         return passes.aux
 
     return train_step

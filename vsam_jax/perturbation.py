@@ -78,6 +78,7 @@ def elementwise_ascent(
         >>> print(perturbation.elementwise_ascent()(g, w, 0.5))
         [1. 0.]
     """
+    eta = _checks.real('eta', eta)
     scale_mask = _checks.mask('scale_mask', scale_mask)
 
     def scale_of(w: jax.Array, scaled: bool) -> jax.Array:
@@ -85,7 +86,8 @@ def elementwise_ascent(
         return jnp.abs(w) + eta if scaled else jnp.ones_like(w)
 
     def ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
-        flags = _checks.resolve_mask('scale_mask', scale_mask, params)
+        # Nowhere is an answer too: T = 1 everywhere, which is SAM.
+        flags = _checks.resolve_mask('scale_mask', scale_mask, params, allow_empty=True)
         if flags is None:
             flags = jax.tree.map(lambda _: True, params)
         scales = jax.tree.map(scale_of, params, flags)

@@ -7,18 +7,19 @@ pass through the branches of a conditional; the direction is formed outside.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vsam_jax import _numerics
+from vsam_jax import _checks, _numerics
 from vsam_jax._types import DTypeLike, PyTree
 
 Weights = tuple[jax.Array, ...]
 
 
+@runtime_checkable
 class ReuseRule(Protocol):
     """What a rule must offer; all methods are pure and traceable."""
 
@@ -95,6 +96,12 @@ class DecayedDifference:
     decay: float
     reuse_steps: int
 
+    def __post_init__(self):
+        decay = _checks.real('decay', self.decay, high=1.0)
+        steps = _checks.integer('reuse_steps', self.reuse_steps, low=0, high=2**31 - 2)
+        object.__setattr__(self, 'decay', decay)
+        object.__setattr__(self, 'reuse_steps', steps)
+
     @property
     def initial_age(self) -> int:
         return self.reuse_steps + 1
@@ -142,6 +149,9 @@ class RescaledOrthogonal:
     """
 
     gain: float
+
+    def __post_init__(self):
+        object.__setattr__(self, 'gain', _checks.real('gain', self.gain))
 
     @property
     def initial_age(self) -> int:

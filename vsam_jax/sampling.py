@@ -12,16 +12,17 @@ is passed in and returned.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from vsam_jax import statistics
+from vsam_jax import _checks, statistics
 from vsam_jax._types import DTypeLike
 from vsam_jax.statistics import Rings
 
 
+@runtime_checkable
 class SamplingRule(Protocol):
     """What a rule must offer; all methods are pure and traceable."""
 
@@ -167,6 +168,16 @@ def window_uniforms(seed: int, window_index: jax.Array, window: int) -> jax.Arra
 # --- Rules --------------------------------------------------------------------
 
 
+_MAX_SEED = 2**32 - 1
+_MAX_WINDOW = 2**20  # The plan of a window is an array of this length.
+
+
+def _set(rule: Any, **values: Any) -> None:
+    """Puts checked values into a frozen dataclass that is being made."""
+    for name, value in values.items():
+        object.__setattr__(rule, name, value)
+
+
 @dataclasses.dataclass(frozen=True)
 class ByVariation:
     """vSAM: ⌊b⌋ samples a window, b driven by how much the PSF varies.
@@ -188,6 +199,32 @@ class ByVariation:
     variance_gain: float
     max_rate: float
     seed: int
+
+    def __post_init__(self):
+        window = _checks.integer('window', self.window, low=2, high=_MAX_WINDOW)
+        segments = _checks.integer('segments', self.segments, low=1)
+        if window % segments or window // segments < 2:
+            raise ValueError(
+                'segments must divide window into groups of at least two (a variance'
+                f' needs two values), got segments={segments} for window={window}.'
+            )
+        _set(
+            self,
+            window=window,
+            segments=segments,
+            warmup_steps=_checks.integer(
+                'warmup_steps', self.warmup_steps, low=0, high=2**31 - 2
+            ),
+            norm_gain=_checks.real('norm_gain', self.norm_gain),
+            variance_gain=_checks.real('variance_gain', self.variance_gain),
+            max_rate=_checks.real('max_rate', self.max_rate, high=1.0, open_low=True),
+            seed=_checks.integer('seed', self.seed, low=0, high=_MAX_SEED),
+        )
+        if self.max_budget < 1:
+            raise ValueError(
+                'max_rate must allow at least one sample a window (max_rate * window'
+                f' >= 1), got max_rate={self.max_rate} for window={window}.'
+            )
 
     @property
     def always(self) -> bool:
@@ -260,26 +297,29 @@ class Periodic(_FixedRate):
     """Steps 0, k, 2k, … are sampled; k = 1 samples every step.
 
     Attributes:
-        period: k.
+        every: k.
     """
 
-    period: int
+    every: int
+
+    def __post_init__(self):
+        _set(self, every=_checks.integer('every', self.every, low=1, high=_MAX_WINDOW))
 
     @property
     def window(self) -> int:
         """A multiple of k, and not small, so that a host seldom reads the plan."""
-        return self.period * -(-64 // self.period)
+        return self.every * -(-64 // self.every)
 
     @property
     def always(self) -> bool:
-        return self.period == 1
+        return self.every == 1
 
     def init_budget(self, dtype: DTypeLike) -> jax.Array:
-        return jnp.array(self.window // self.period, dtype)
+        return jnp.array(self.window // self.every, dtype)
 
     def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
         del budget, window_index
-        return jnp.arange(self.window) % self.period == 0
+        return jnp.arange(self.window) % self.every == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +335,14 @@ class AtRandom(_FixedRate):
     rate: float
     window: int
     seed: int
+
+    def __post_init__(self):
+        _set(
+            self,
+            rate=_checks.real('rate', self.rate, high=1.0, open_low=True),
+            window=_checks.integer('window', self.window, low=1, high=_MAX_WINDOW),
+            seed=_checks.integer('seed', self.seed, low=0, high=_MAX_SEED),
+        )
 
     @property
     def always(self) -> bool:

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vsam_jax._types import PyTree
+from vsam_jax.state import VSAMState
 
 
 def state_shardings(state: PyTree, params: PyTree) -> PyTree:
@@ -70,7 +71,18 @@ def state_shardings(state: PyTree, params: PyTree) -> PyTree:
                 return sharding
         return replicated
 
-    return jax.tree_util.tree_map_with_path(sharding_of, state)
+    def node(path: tuple[Any, ...], part: Any) -> Any:
+        if not isinstance(part, VSAMState):
+            return sharding_of(path, part)
+        # By its name: where the parameters are one bare array, every leaf's path
+        # ends with theirs, and the plan may happen to have their shape.
+        psf = jax.tree_util.tree_map_with_path(sharding_of, part.psf)
+        rest = jax.tree.map(lambda _: replicated, part._replace(psf=None))
+        return rest._replace(psf=psf)
+
+    return jax.tree_util.tree_map_with_path(
+        node, state, is_leaf=lambda part: isinstance(part, VSAMState)
+    )
 
 
 def _named_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:

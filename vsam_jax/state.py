@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from vsam_jax.statistics import Rings
 
@@ -20,12 +21,14 @@ class VSAMState(NamedTuple):
         plan: bool array [K], which steps of the current window are sampled. All
             True during warm-up. The last update of a window already leaves the plan
             of the next window here, so that a host can read it before that starts.
-        budget: scalar in the statistics dtype, b; ⌊b⌋ steps of a window are
-            sampled.
+        budget: scalar in the statistics dtype, b; after warm-up ⌊b⌋ steps of a
+            window are sampled. Where steps are sampled at random, the expected number.
         psf: the latest usable PSF (projection of the second-order gradient onto
             the first-order one), a tree like the parameters in their dtypes or in
             ``psf_dtype``; zeros at first. None in methods that reuse nothing.
-        age: int32 scalar, how many updates ago the PSF was sampled.
+        age: int32 scalar, how many updates ago the latest usable sample was taken.
+            Before the first one it starts above ``reuse_steps`` in methods that reuse
+            a decayed PSF, at 0 in the others.
         rings: statistics of the last K samples, [K] each, in the statistics dtype;
             None in methods that use no statistics.
         grad_norm: scalar in the statistics dtype, ‖g‖ of the latest usable sample.
@@ -83,3 +86,22 @@ def locate_state(tree: Any) -> tuple[int, VSAMState]:
             ' outside optax.partition, into the optimizer.'
         )
     return len(jax.tree.leaves(nodes[: found[0]])), nodes[found[0]]
+
+
+def with_own_buffers(tree: Any) -> Any:
+    """The same tree, with a copy of every array that stands in it twice.
+
+    A buffer can be donated once only, and optimizers that keep the parameters of
+    the start (mechanic, prodigy, dog) put the same arrays into their state.
+    """
+    seen: set[int] = set()
+
+    def own(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        if id(leaf) in seen:
+            return jnp.copy(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, tree)

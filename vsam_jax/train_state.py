@@ -18,7 +18,7 @@ from flax.training.dynamic_scale import DynamicScale
 
 from vsam_jax import _checks, _collectives, _passes
 from vsam_jax._types import PyTree
-from vsam_jax.state import VSAMState
+from vsam_jax.state import VSAMState, with_own_buffers
 
 
 class TrainState(flax_train_state.TrainState):
@@ -78,7 +78,7 @@ class TrainState(flax_train_state.TrainState):
             dynamic_scale=dynamic_scale,
             **kwargs,
         )
-        return state.replace(step=jnp.zeros((), jnp.int32))
+        return with_own_buffers(state.replace(step=jnp.zeros((), jnp.int32)))
 
     def apply_gradients(
         self,

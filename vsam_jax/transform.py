@@ -69,6 +69,13 @@ def sharpness_aware(
         An :class:`optax.GradientTransformationExtraArgs` with state
         :class:`vsam_jax.VSAMState`.
     """
+    if not callable(perturbation):
+        raise TypeError(
+            'perturbation must be a function of (grads, params, rho), such as'
+            f' perturbation.l2_ascent, got {perturbation!r}.'
+        )
+    _checks.instance('sampling', sampling, SamplingRule, 'sampling.Periodic(5)')
+    _checks.instance('reuse', reuse, ReuseRule, 'reuse.NoReuse()')
     rho = _checks.radius('rho', rho)
     stats_mask = _checks.mask('stats_mask', stats_mask)
     perturb_mask = _checks.mask('perturb_mask', perturb_mask)
@@ -125,9 +132,8 @@ def sharpness_aware(
         # for what the second pass sees and returns.
         grads = _collectives.mean(updates, axis_name)
         dtype = state.budget.dtype
-        picked = lambda tree: perturbations.select(
-            tree, _checks.resolve_mask('stats_mask', stats_mask, grads)
-        )
+        measured = _checks.resolve_mask('stats_mask', stats_mask, params)
+        picked = lambda tree: perturbations.select(tree, measured)
         older = jnp.asarray(optax.safe_increment(state.age))
 
         def sampled() -> _Outcome:

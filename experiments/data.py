@@ -218,7 +218,6 @@ def tfds(
             f' shape, got {shapes}.'
         )
     size, test_size = len(seen.labels), len(unseen.labels)
-    # No room for training is an error of the sizes, so there is one that says so.
     sizes = {'validation': validation, 'train': train or max(size - validation, 1)}
     test_sizes = {'test': test or test_size}
     _check_sizes(sizes, size)

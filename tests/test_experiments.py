@@ -712,7 +712,7 @@ def test_seeds_that_are_reported_are_not_tuned_on(config, tmp_path):
 
 
 def test_the_digits_configuration_is_complete_and_its_seeds_are_apart():
-    config = digits.get_config()
+    config: Any = digits.get_config()
     configuration.check(config)
     assert not set(config.tune.seeds) & set(config.compare.seeds)
     assert len(config.compare.seeds) >= 5

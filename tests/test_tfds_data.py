@@ -123,7 +123,7 @@ def test_statistics_are_those_of_the_training_images_or_have_a_name(cache_dir):
         ),
         ({'validation': 20}, r'validation \+ train must be at most 20, got 21'),
         ({'test': 8}, r'test must be at most 7, got 8'),
-        ({'validation': 0}, r'validation must be an integer >= 1, got 0'),
+        ({'validation': -1}, r'validation must be an integer >= 0, got -1'),
         ({'cache': 'x'}, r"config.data holds 'cache'.*data_dir, cache_dir"),
         (
             {'num_classes': 4},

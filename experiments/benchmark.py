@@ -302,7 +302,7 @@ def define_flags() -> None:
         list(PROBLEMS),
         'What to measure.',
     )
-    flags.DEFINE_integer('rounds', 15, 'How many rounds.', lower_bound=1)
+    flags.DEFINE_integer('rounds', 11, 'How many rounds.', lower_bound=1)
     flags.DEFINE_integer('steps', 2, 'Least steps in a round.', lower_bound=1)
     flags.DEFINE_string('output', 'runs/benchmark.json', 'The result file.')
 

@@ -35,22 +35,27 @@ def _digits() -> str:
 
 def _benchmark() -> str:
     content = _load('benchmark.json')
-    problems = content['problems']
-    names = list(next(iter(problems.values()))['steps'])
-    header = ['Step', *(problem['title'] for problem in problems.values())]
-    rows = []
-    for name in names:
-        cells = []
-        for problem in problems.values():
-            cost = problem['steps'][name]['times_sgd']
-            spread = f'{cost["low"]:.2f} to {cost["high"]:.2f}'
-            cells.append(f'{cost["median"]:.2f} ({spread})')
-        rows.append([name, *cells])
+    header = ['Step', '× SGD', '× optax.contrib.sam', 'Compilation, s', 'Rounds']
+    text = ''
+    for problem in content['problems'].values():
+        rows = []
+        for name, row in problem['steps'].items():
+            costs = [row['times_sgd'], row['times_optax_sam']]
+            rows.append(
+                [
+                    name,
+                    *(
+                        f'{cost["median"]:.2f} ({cost["low"]:.2f}–{cost["high"]:.2f})'
+                        for cost in costs
+                    ),
+                    f'{row["compile_seconds"]:.1f}',
+                    str(row['rounds']),
+                ]
+            )
+        text += f'{problem["title"]}:\n\n{compare.markdown(header, rows)}\n'
     return (
-        compare.markdown(header, rows)
-        + f'\nMultiples of the SGD step, median (quartiles) of {content["rounds"]}'
-        f' interleaved rounds; {_device(content)}, jax {content["versions"]["jax"]}.'
-        f' Command: `{content["command"]}`.\n'
+        text + f'Median (quartiles) over interleaved rounds; {_device(content)}, jax'
+        f' {content["versions"]["jax"]}. Command: `{content["command"]}`.\n'
     )
 
 

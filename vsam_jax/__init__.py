@@ -1,4 +1,4 @@
-"""Sharpness-aware training for JAX at nearly the price of SGD."""
+"""Sharpness-aware training for JAX with a second gradient only where it pays."""
 
 from vsam_jax import checkpoint, perturbation, reuse, sampling, statistics
 from vsam_jax._metrics import metrics

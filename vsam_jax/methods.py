@@ -46,7 +46,7 @@ def vsam(
     axis_name: _collectives.AxisName = None,
     per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Variation-based SAM: SAM's direction at nearly the price of SGD's.
+    r"""Variation-based SAM: a second gradient on some steps, reused on the others.
 
     Stands first in a chain and turns the gradient g = ∇L(w) into a
     sharpness-aware direction. On a *sampled* step it takes a second gradient,

@@ -5,9 +5,10 @@ Networks*, arXiv 2110.03141.
 
 What a step costs under XLA, in gradients of the whole mini-batch: one, plus γ for the
 second one, plus a forward pass (about a third) that finds the examples for it: with
-γ = 0.5 1.84 times the operations of SGD, where SAM takes 2. The number of examples, ⌈γ B⌉, is static, so the
-second gradient really is that much smaller. The choice of tensors saves nothing: it
-is drawn anew in each step, and a compiled program takes the gradient of all of them.
+γ = 0.5 that is 1.84 times the operations of SGD, where SAM takes 2. The number of
+examples, ⌈γ B⌉, is static, so the second gradient really is that much smaller. The
+choice of tensors saves nothing: it is drawn anew in each step, and a compiled program
+takes the gradient of all of them.
 """
 
 import dataclasses

@@ -108,8 +108,29 @@ def make_step(tx: optax.GradientTransformation, loss: Any = mlp_loss):
     return train_step
 
 
-def vsam_state(state: Any) -> vsam_jax.VSAMState:
-    """The VSAMState inside any state."""
-    is_vsam = lambda node: isinstance(node, vsam_jax.VSAMState)
-    (found,) = [n for n in jax.tree.leaves(state, is_leaf=is_vsam) if is_vsam(n)]
-    return found
+def step_by_step_plan(budget: float, uniforms: np.ndarray) -> list[bool]:
+    """vSAM's plan as the rule is stated, in the dtype of ``uniforms``."""
+    window, quota, taken, plan = len(uniforms), int(np.floor(budget)), 0, []
+    number = uniforms.dtype.type
+    threshold = number(1) - number(budget) / number(window)
+    for i, u in enumerate(uniforms):
+        drawn = taken < quota and u >= threshold
+        forced = window - i <= quota - taken
+        plan.append(bool(drawn or forced))
+        taken += plan[-1]
+    return plan
+
+
+# Two trees of the same structure, leaf by leaf.
+assert_equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+
+
+def assert_close(
+    actual: Any, expected: Any, atol: float = 1e-12, rtol: float = 0.0
+) -> None:
+    """Like :func:`assert_equal`, up to a tolerance."""
+    compare = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
+    jax.tree.map(compare, actual, expected)
+
+
+vsam_state = vsam_jax.find_state

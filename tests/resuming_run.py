@@ -29,7 +29,7 @@ def main(folder: str) -> None:
     with ocp.CheckpointManager(directory) as manager:
         if manager.latest_step() is not None:
             restored = checkpoint.restore(manager, (state, ballast), config=config)
-            state, first = restored[0], int(problems.vsam_state(restored).step)
+            state, first = restored[0], int(vsam_jax.find_state(restored).step)
         for i, batch in enumerate(problems.mlp_batches(14)):
             if i < first:
                 continue

@@ -100,11 +100,11 @@ def test_a_run_resumed_within_a_window_continues_bit_for_bit(tmp_path, kind, pla
     with ocp.CheckpointManager(tmp_path) as manager:
         for i, batch in enumerate(batches):
             if i == SAVE_AT:
-                assert 0 < problems.vsam_state(state).position < 3
+                assert 0 < vsam_jax.find_state(state).position < 3
                 # In the background, while the next steps take over the buffers.
                 checkpoint.save(manager, i, state, config=CONFIG)
             state, _ = step(state, batch)
-    assert problems.vsam_state(state).num_samples > 7
+    assert vsam_jax.find_state(state).num_samples > 7
 
     with ocp.CheckpointManager(tmp_path) as manager:
         resumed = checkpoint.restore(manager, new_state(), config=CONFIG)
@@ -135,7 +135,7 @@ def test_a_state_is_restored_onto_other_shardings(tmp_path):
         manager.wait_until_finished()
         restored = checkpoint.restore(manager, like, config={})
     assert jax.tree.map(lambda x: x.sharding, restored) == shardings
-    assert not problems.vsam_state(restored).psf[2].sharding.is_fully_replicated
+    assert not vsam_jax.find_state(restored).psf[2].sharding.is_fully_replicated
     assert_same_bits(restored, state)
 
 
@@ -261,9 +261,10 @@ def result(process: subprocess.Popen, folder: pathlib.Path) -> dict[str, Any]:
     return json.loads((folder / 'result.json').read_text())
 
 
-def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(tmp_path):
-    steps = tmp_path / 'killed' / 'steps'
-    process = worker(tmp_path / 'killed')
+def kill_while_saving(folder: pathlib.Path) -> int | None:
+    """Starts a run, kills it once step 8 is being saved; what is complete then."""
+    steps = folder / 'steps'
+    process = worker(folder)
     # The second checkpoint, of step 8, under its final name or a temporary one.
     while not list(steps.glob('8*')):
         assert process.poll() is None, process.communicate()
@@ -271,10 +272,20 @@ def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(tmp
     process.kill()
     process.communicate()
     with ocp.CheckpointManager(steps) as manager:
-        assert manager.latest_step() == 4
+        return manager.latest_step()
+
+
+def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(tmp_path):
+    # On a busy machine the kill may come after the checkpoint is complete.
+    for attempt in range(5):
+        killed = tmp_path / f'killed_{attempt}'
+        complete = kill_while_saving(killed)
+        if complete != 8:
+            break
+    assert complete == 4
 
     uninterrupted = worker(tmp_path / 'uninterrupted')
-    resumed = result(worker(tmp_path / 'killed'), tmp_path / 'killed')
+    resumed = result(worker(killed), killed)
     reference = result(uninterrupted, tmp_path / 'uninterrupted')
     assert (reference['first_step'], resumed['first_step']) == (0, 4)
     assert resumed['bits'] == reference['bits']

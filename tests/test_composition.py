@@ -12,10 +12,6 @@ import pytest
 import vsam_jax
 from tests import problems
 
-assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
-
-assert_near = functools.partial(np.testing.assert_allclose, atol=1e-6)
-
 
 def run(tx, params, batches, driver='traced', loss=problems.toy_loss):
     """Parameters and optimizer state after one step per batch."""
@@ -126,7 +122,7 @@ def test_methods_converge(name, target):
         return jax.lax.scan(lambda s, _: (step(s, goal)[0], None), state, length=steps)
 
     (w, _), _ = train((w, tx.init(w)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.03), w, goal)
+    problems.assert_close(w, goal, atol=0.03)
 
 
 # --- Base optimizers ----------------------------------------------------------
@@ -148,7 +144,7 @@ def test_base_optimizers_learn_planned_as_traced(base):
     batches = problems.toy_batches(1, jnp.float64) * 25
     traced, traced_state = run(tx, params, batches)
     planned, planned_state = run(tx, params, batches, 'planned')
-    jax.tree.map(assert_close, traced, planned)
+    problems.assert_close(traced, planned)
     assert int(vsam_jax.find_state(planned_state).num_samples) < 25
     if base == 'schedule_free':
         traced = optax.contrib.schedule_free_eval_params(traced_state[1], traced)
@@ -260,7 +256,7 @@ def test_clipping_after_vsam_bounds_the_update_and_leaves_the_psf_alone():
     )
     _, free_state = run(free, params, batches)
     after, clipped_state = run(clipped, params, batches)
-    jax.tree.map(np.testing.assert_array_equal, free_state[0], clipped_state[0])
+    problems.assert_equal(free_state[0], clipped_state[0])
     moved = optax.tree.norm(optax.tree.sub(after, params))
     np.testing.assert_allclose(moved, 1e-3, rtol=1e-3)
 
@@ -307,7 +303,7 @@ def test_microbatched_gradients_are_those_of_the_whole_batch():
     for batch in mean_batches(8):
         state, _ = step(state, batch)
     expected = run(tx, params, mean_batches(8), loss=mean_loss)
-    jax.tree.map(assert_close, state, expected)
+    problems.assert_close(state, expected)
 
 
 @pytest.mark.usefixtures('x64')
@@ -340,7 +336,7 @@ def test_multi_steps_around_a_method_is_right_if_told_which_mini_step_counts():
         params, state = mini_step(params, state, batch, last=True)
     jax.effects_barrier()
     expected, expected_state = run(inner, start, mean_batches(8), loss=mean_loss)
-    jax.tree.map(assert_close, params, expected)
+    problems.assert_close(params, expected)
     samples = int(vsam_jax.find_state(expected_state).num_samples)
     assert len(calls) == samples < 8
 
@@ -355,7 +351,7 @@ def test_multi_steps_after_a_method_averages_directions():
     alone = optax.chain(vsam_jax.sam(0.1), optax.sgd(0.1))
     each = [run(alone, params, [half], loss=mean_loss)[0] for half in halves]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *each)
-    jax.tree.map(assert_close, moved, mean)
+    problems.assert_close(moved, mean)
 
 
 # --- Hyperparameters ----------------------------------------------------------
@@ -394,7 +390,7 @@ def test_rho_is_a_hyperparameter(name, driver):
     )
     for after, expected in zip(moved, (direction, grads), strict=True):
         expected = optax.tree.add_scale(params, -0.1, expected)
-        jax.tree.map(assert_near, after[0], expected)
+        problems.assert_close(after[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['vsam', 'looksam', 'random_sam'])
@@ -420,7 +416,7 @@ def test_a_schedule_for_rho_follows_the_update_count():
         optax.chain(vsam_jax.sam(0.2), optax.sgd(0.1)), params, batches[:2]
     )
     expected, _ = run(optax.sgd(0.1), expected, batches[2:])
-    jax.tree.map(assert_near, scheduled, expected)
+    problems.assert_close(scheduled, expected, atol=1e-6)
 
 
 # --- Guards, averages, utilities ----------------------------------------------
@@ -440,9 +436,9 @@ def test_a_guard_after_a_method_skips_the_update_while_the_state_advances(name):
     )
     state, _ = step((params, tx.init(params)), good)
     after, _ = step(state, bad, sample=True)
-    jax.tree.map(np.testing.assert_array_equal, after[0], state[0])
+    problems.assert_equal(after[0], state[0])
     base_before, base_after = state[1][1].inner_state, after[1][1].inner_state
-    jax.tree.map(np.testing.assert_array_equal, base_after, base_before)
+    problems.assert_equal(base_after, base_before)
     assert int(after[1][0].step) == 2
     assert int(after[1][0].num_rejected) == 1
     for _ in range(12):  # Past the next window: the driver finds no drift.
@@ -471,7 +467,7 @@ def test_averaged_parameters_ride_along_in_the_state(driver):
         state, _ = step(state, batch)
         average = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, state[0][0])
         average = jax.tree.map(jnp.copy, average)
-    jax.tree.map(assert_near, state[1], average)
+    problems.assert_close(state[1], average, atol=1e-6)
 
 
 def test_a_value_goes_through_to_reduce_on_plateau():
@@ -499,7 +495,7 @@ def test_optax_tree_utilities_work_on_the_state(name):
     ones = optax.tree.map_params(tx, jnp.ones_like, state)
     tree = state[0].psf
     assert jax.tree.structure(ones) == jax.tree.structure(state)
-    jax.tree.map(np.testing.assert_array_equal, ones[0]._replace(psf=tree), state[0])
+    problems.assert_equal(ones[0]._replace(psf=tree), state[0])
     if tree is not None:
         assert all(bool((s == 1).all()) for s in jax.tree.leaves(ones[0].psf))
 

@@ -83,7 +83,7 @@ def train(step: Any, state: Any, data: Any) -> tuple[Any, list[bool]]:
     sampled = []
     for batch in data:
         state, _ = step(state, batch)
-        sampled.append(bool(problems.vsam_state(state).sampled))
+        sampled.append(bool(vsam_jax.find_state(state).sampled))
     return state, sampled
 
 
@@ -98,13 +98,7 @@ def assert_same_run(
     run: tuple[Any, list[bool]], other: tuple[Any, list[bool]], tolerance: float = 1e-12
 ) -> None:
     assert run[1] == other[1]
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            np.asarray(a), np.asarray(b), rtol=10 * tolerance, atol=tolerance
-        ),
-        run[0],
-        other[0],
-    )
+    problems.assert_close(run[0], other[0], atol=tolerance, rtol=10 * tolerance)
 
 
 def array_types(tree: Any) -> Any:
@@ -154,7 +148,7 @@ def test_a_sharded_run_is_the_run_on_one_device(method, planned, layout, axis_ty
         step = driver(problems.make_step(tx, loss_fn), planned, **options)
         state, sampled = train(step, state, map(split, batches()))
     assert array_types(state) == before
-    inner = problems.vsam_state(state)
+    inner = vsam_jax.find_state(state)
     if inner.psf is not None:
         for s, spec in zip(inner.psf, specs, strict=True):
             assert s.sharding.is_equivalent_to(NamedSharding(mesh, spec), s.ndim)

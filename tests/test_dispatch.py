@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import vsam_jax
 from tests import problems
-from vsam_jax import dispatch
 
 WINDOW = 6
 
@@ -35,8 +36,10 @@ def start(tx, dtype=jnp.float32):
     return params, tx.init(params)
 
 
-def assert_trees_equal(a, b, atol=0.0):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+def replicated(tree):
+    """The same arrays on two devices."""
+    mesh = jax.make_mesh((2,), ('data',))
+    return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def test_planned_and_traced_give_the_same_run(seed):
     for batch in batches:
         traced, _ = traced_step(traced, batch)
         planned, _ = planned_step(planned, batch)
-        assert_trees_equal(traced, planned, atol=1e-12)
+        problems.assert_close(traced, planned)
         np.testing.assert_array_equal(traced[1][0].plan, planned[1][0].plan)
     assert float(planned[1][0].budget) > 1
     assert 14 < int(planned[1][0].num_samples) < 40
@@ -104,24 +107,47 @@ def test_the_reuse_program_evaluates_one_gradient_and_the_sampled_one_two():
         assert len(calls) == expected
 
 
-def test_the_plan_is_read_once_a_window(batches, monkeypatch):
+@pytest.fixture
+def host_reads(monkeypatch):
+    """The shapes of the arrays whose values reached the host, if on two devices.
+
+    From one device of a CPU, NumPy takes the memory without asking JAX.
+    """
+    shapes = []
+    array_type = type(jnp.zeros(()))
+    value = array_type._value
+    monkeypatch.setattr(
+        array_type,
+        '_value',
+        property(lambda array: shapes.append(array.shape) or value.fget(array)),
+    )
+    return shapes
+
+
+@pytest.mark.parametrize('read', [bool, int, np.asarray, jax.device_get])
+def test_every_way_to_read_an_array_counts_as_one(read, host_reads):
+    read(replicated(jnp.int32(1)))
+    assert host_reads == [()]
+
+
+def test_the_plan_is_read_once_a_window_and_nothing_else(batches, host_reads):
     tx = optimizer()
     driver = vsam_jax.PlannedStep(problems.make_step(tx))
-    state = start(tx)
-    fetched = []
-    get = jax.device_get
-    monkeypatch.setattr(
-        dispatch.jax, 'device_get', lambda x: fetched.append(x) or get(x)
-    )
+    batches = replicated(batches)
+    for sample in (True, False):  # To compile may read constants.
+        driver(replicated(start(tx)), batches[0], sample=sample)
+    state = replicated(start(tx))
     reads_at = []
     for i, batch in enumerate(batches):
         before = driver.num_reads
+        host_reads.clear()
         state, _ = driver(state, batch)
         if driver.num_reads > before:
             reads_at.append(i)
+        # Plan, position and step.
+        assert host_reads == ([(WINDOW,), (), ()] if driver.num_reads > before else [])
     # Warm-up is 8 steps: its first window is cut to 2, then every 6th step.
     assert reads_at == [0, *range(2, 40, WINDOW)]
-    assert len(fetched) == driver.num_reads == len(reads_at)
 
 
 def test_a_state_restored_in_the_middle_of_a_window_runs_on_as_planned(batches):
@@ -139,7 +165,7 @@ def test_a_state_restored_in_the_middle_of_a_window_runs_on_as_planned(batches):
         state = jax.tree.map(jnp.asarray, saved)
         for batch in batches[17:]:
             state, _ = driver(state, batch)
-        assert_trees_equal(state, end)
+        problems.assert_equal(state, end)
 
 
 def test_two_runs_may_share_a_driver(batches):
@@ -152,7 +178,7 @@ def test_two_runs_may_share_a_driver(batches):
     for batch in batches[:20]:
         a, _ = driver(a, batch)
         b, _ = driver(b, batch)
-    assert_trees_equal(a, alone)
+    problems.assert_equal(a, alone)
 
 
 def test_buffers_are_donated_unless_asked_not_to(batches):

@@ -1,6 +1,5 @@
 """The methods of the family: each is what its paper says, and one code runs all."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -214,8 +213,7 @@ def test_planned_and_traced_give_the_same_run(name):
     for batch in problems.toy_batches(14, jnp.float64):
         traced, _ = traced_step(traced, batch)
         planned, _ = planned_step(planned, batch)
-    compare = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
-    jax.tree.map(compare, traced, planned)
+    problems.assert_close(traced, planned)
     state = vsam_jax.find_state(planned)
     always = name in ('sam', 'asam')
     assert (int(state.num_samples) == 14) == always
@@ -246,8 +244,8 @@ def test_a_sample_that_is_not_finite_shows_once_and_leaves_no_trace(name, bad):
     direction, after = tx.update(grads, good, params, grad_fn=poisoned, sample=True)
     is_finite = lambda tree: bool(jnp.isfinite(optax.tree.sum(tree)))
     assert not is_finite(direction)
-    jax.tree.map(np.testing.assert_array_equal, after.psf, good.psf)
-    jax.tree.map(np.testing.assert_array_equal, after.rings, good.rings)
+    problems.assert_equal(after.psf, good.psf)
+    problems.assert_equal(after.rings, good.rings)
     assert int(after.age) == 1
     assert int(after.num_rejected) == 1
     direction, _ = tx.update(grads, after, params, sample=False)
@@ -264,7 +262,7 @@ def test_a_gradient_of_zeros_gives_a_direction_of_zeros(name):
         direction, state = tx.update(
             zeros, state, params, grad_fn=lambda p: zeros, sample=sample
         )
-        jax.tree.map(np.testing.assert_array_equal, direction, zeros)
+        problems.assert_equal(direction, zeros)
     assert int(state.num_rejected) == 0
 
 

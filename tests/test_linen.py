@@ -81,14 +81,6 @@ def values(state):
     return state.params, state.batch_stats, state.opt_state, state.step
 
 
-assert_equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
-
-
-def assert_close(a, b, atol=1e-12):
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=atol)
-    jax.tree.map(close, a, b)
-
-
 def differ(a, b):
     """Whether every tensor of one tree differs from the other's."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
@@ -107,8 +99,8 @@ def test_the_direction_is_the_gradient_of_the_same_batch_under_the_same_mask():
     scale = 0.1 / optax.tree.norm(grads)
     direction, _ = grad(optax.tree.add_scale(state.params, scale, grads))
     expected = optax.tree.add_scale(state.params, -0.05, direction)
-    assert_close(new.params, expected)
-    assert_close(new.batch_stats, stats)
+    problems.assert_close(new.params, expected)
+    problems.assert_close(new.batch_stats, stats)
 
 
 @pytest.mark.parametrize('sample', [True, False])
@@ -118,7 +110,7 @@ def test_running_statistics_come_from_the_first_pass_alone(sample):
     )
     new, _ = step(create(optimizer(rho=1.0)), data(), sample=sample)
     plain, _ = step(create(optax.sgd(0.05)), data())
-    assert_close(new.batch_stats, plain.batch_stats, atol=1e-6)
+    problems.assert_close(new.batch_stats, plain.batch_stats, atol=1e-6)
 
 
 def test_every_step_draws_a_dropout_mask_of_its_own():
@@ -140,7 +132,7 @@ def test_planned_and_traced_give_the_same_run():
     for _ in range(10):
         traced, _ = traced_step(traced, data(jnp.float64))
         planned, _ = planned_step(planned, data(jnp.float64))
-    assert_close(values(traced), values(planned))
+    problems.assert_close(values(traced), values(planned))
     assert traced_step._cache_size() == 1
     assert planned_step.num_reads <= 4
 
@@ -181,7 +173,7 @@ def test_micro_batches_without_state_are_the_whole_batch(driver):
 
     whole, loss = train(1)
     parts, losses = train(4)
-    assert_close(whole, parts)
+    problems.assert_close(whole, parts)
     assert losses.shape == (4,)
     np.testing.assert_allclose(losses.mean(), loss, rtol=1e-12)
 
@@ -197,8 +189,10 @@ def test_micro_batches_take_one_second_gradient_of_each_part_with_its_mask():
     stats = [stats for _, stats, _, _ in seen]
     for first, second in ((0, 2), (1, 3)):
         np.testing.assert_array_equal(keys[first], keys[second])
-        assert_equal(seen[first][2], seen[second][2])
-        assert_close(stats[first], stats[second], atol=1e-6 if first == 0 else 1.0)
+        problems.assert_equal(seen[first][2], seen[second][2])
+        problems.assert_close(
+            stats[first], stats[second], atol=1e-6 if first == 0 else 1.0
+        )
     np.testing.assert_array_equal(seen[0][2][0], data()[0][:4])
     assert differ(new.batch_stats, stats[1])
 
@@ -264,7 +258,7 @@ def test_the_loss_scale_settles_and_the_model_learns(half_step, driver):
         step = vsam_jax.PlannedStep(half_step)
         program = step.program(True)
     state, _ = step(state, data())
-    assert_equal((state.params, state.batch_stats), start)
+    problems.assert_equal((state.params, state.batch_stats), start)
     assert float(state.dynamic_scale.scale) == 2.0**23
     losses = []
     for _ in range(50):
@@ -284,8 +278,8 @@ def test_the_loss_scale_does_not_show_in_the_update():
     plain, _ = step(create(optimizer('sam'), model), data())
     state = create(optimizer('sam'), model, dynamic_scale=DynamicScale(scale=4096.0))
     state, _ = step(state, data())
-    assert_close(state.params, plain.params, atol=1e-6)
-    assert_close(state.opt_state, plain.opt_state, atol=1e-5)
+    problems.assert_close(state.params, plain.params, atol=1e-6)
+    problems.assert_close(state.opt_state, plain.opt_state, atol=1e-5)
 
 
 # With lion an infinite gradient would become a finite update.
@@ -313,7 +307,7 @@ def test_an_overflow_skips_the_update_and_poisons_nothing(base, which):
     good, _ = step(state.replace(params={'w': jnp.array(0.9)}), 'none', sample=True)
     good = good.replace(params={'w': jnp.array(1.0)})
     bad, _ = step(good, which, sample=True)
-    assert_equal(
+    problems.assert_equal(
         (bad.params, bad.batch_stats, bad.opt_state[1]),
         (good.params, good.batch_stats, good.opt_state[1]),
     )
@@ -321,7 +315,7 @@ def test_an_overflow_skips_the_update_and_poisons_nothing(base, which):
     sam_state = vsam_jax.find_state(bad)
     assert int(sam_state.step) == 2
     assert int(sam_state.num_rejected) == 1
-    assert_equal(sam_state.psf, vsam_jax.find_state(good).psf)
+    problems.assert_equal(sam_state.psf, vsam_jax.find_state(good).psf)
     after, _ = step(bad, 'none', sample=False)
     assert bool(jnp.isfinite(after.params['w']))
     assert not np.array_equal(after.params['w'], bad.params['w'])

@@ -64,11 +64,6 @@ def values(modules):
     return jax.tree.map(read, state)
 
 
-def assert_close(a, b, atol=1e-12):
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=atol)
-    jax.tree.map(close, a, b)
-
-
 @pytest.mark.usefixtures('x64')
 def test_planned_and_traced_give_the_same_run():
     runs = []
@@ -79,7 +74,7 @@ def test_planned_and_traced_give_the_same_run():
         runs.append((values((model, optimizer)), losses))
         assert int(optimizer.step[...]) == 9
         assert model.tied.kernel is model.hidden.kernel
-    assert_close(*runs)
+    problems.assert_close(*runs)
 
 
 @pytest.mark.usefixtures('x64')
@@ -101,10 +96,12 @@ def test_one_step_is_the_gradient_at_perturbed_weights_on_the_same_mask(driver):
         nnx.jit(step)(model, optimizer, batch)
     else:  # The copies share buffers with the model.
         vsam_jax.PlannedNNXStep(step, donate_state=False)(model, optimizer, batch)
-    assert_close(values(nnx.state(model, nnx.Param)), values(expected))
+    problems.assert_close(values(nnx.state(model, nnx.Param)), values(expected))
     # Running statistics and counters are those that the first pass left alone.
     others = nnx.Not(nnx.Param)
-    assert_close(values(nnx.state(model, others)), values(nnx.state(first, others)))
+    problems.assert_close(
+        values(nnx.state(model, others)), values(nnx.state(first, others))
+    )
 
 
 @pytest.mark.parametrize('driver', ['traced', 'planned'])
@@ -144,7 +141,7 @@ def test_a_restored_state_is_noticed_in_the_middle_of_a_window():
     nnx.update((model, optimizer), jax.tree.map(jnp.copy, saved))
     for _ in range(4):
         step(model, optimizer, data())
-    assert_close(values((model, optimizer)), expected, atol=0)
+    problems.assert_close(values((model, optimizer)), expected, atol=0)
 
 
 def test_a_step_written_by_hand_runs_planned():
@@ -167,7 +164,7 @@ def test_a_step_written_by_hand_runs_planned():
         for _ in range(3):
             planned(model, optimizer, data())
         runs.append(values(model))
-    assert_close(*runs, atol=1e-6)
+    problems.assert_close(*runs, atol=1e-6)
 
 
 @pytest.mark.usefixtures('x64')
@@ -182,7 +179,9 @@ def test_micro_batches_have_masks_of_their_own_and_one_update():
     losses = [loss_fn(copy, half)[0] for half in halves]
     np.testing.assert_allclose(aux['loss'], losses, rtol=1e-12)
     others = nnx.Not(nnx.Param)
-    assert_close(values(nnx.state(model, others)), values(nnx.state(copy, others)))
+    problems.assert_close(
+        values(nnx.state(model, others)), values(nnx.state(copy, others))
+    )
     assert int(optimizer.step[...]) == 1
 
 

@@ -7,20 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import problems
 from vsam_jax import sampling, statistics
-
-
-def step_by_step_plan(budget: float, uniforms: np.ndarray) -> list[bool]:
-    """The rule as it is stated, one step after the other."""
-    window, quota, taken, plan = len(uniforms), int(np.floor(budget)), 0, []
-    threshold = np.float32(1) - np.float32(budget) / np.float32(window)
-    for i, u in enumerate(uniforms):
-        drawn = taken < quota and u >= threshold
-        forced = window - i <= quota - taken
-        plan.append(bool(drawn or forced))
-        taken += plan[-1]
-    return plan
-
 
 # One window length, so that the plan compiles once.
 K = 12
@@ -36,7 +24,7 @@ def test_plan_has_exactly_the_budgeted_samples_and_matches_the_loop(budget, unif
     uniforms = np.array(uniforms, np.float32)
     plan = np.asarray(_jitted_plan(jnp.float32(budget), jnp.asarray(uniforms)))
     assert plan.sum() == int(np.floor(np.float32(budget)))
-    assert plan.tolist() == step_by_step_plan(budget, uniforms)
+    assert plan.tolist() == problems.step_by_step_plan(budget, uniforms)
 
 
 @pytest.mark.parametrize('window', [2, 3, 50])
@@ -59,6 +47,9 @@ def test_uniforms_are_a_function_of_seed_and_window_alone():
         np.testing.assert_array_equal(draw(0, 3), draw(0, 3))
         in_64_bit = draw(0, 3)
     np.testing.assert_array_equal(draw(0, 3), in_64_bit)
+    before = draw(0, 3)
+    with jax.default_prng_impl('rbg'):
+        np.testing.assert_array_equal(draw(0, 3), before)
     assert not np.array_equal(draw(0, 3), draw(0, 4))
     assert not np.array_equal(draw(0, 3), draw(1, 3))
     many = np.concatenate([draw(0, i) for i in range(40)])

@@ -38,13 +38,7 @@ class Reference:
         growth = 1 + self.a1 * self.rel(self.Q) + self.a2 * self.rel(self.V)
         self.b = float(np.clip(self.b * growth, 1, self.max_budget))
         uniforms = sampling.window_uniforms(self.seed, jnp.int32(index), self.K)
-        self.plan, taken = [], 0
-        for i, u in enumerate(np.asarray(uniforms, np.float64)):
-            sampled = (taken < int(self.b) and u >= 1 - self.b / self.K) or (
-                self.K - i <= int(self.b) - taken
-            )
-            self.plan.append(sampled)
-            taken += sampled
+        self.plan = problems.step_by_step_plan(self.b, np.asarray(uniforms, float))
 
     def update(self, g, w, grad_fn):
         sampled = self.t < self.W or self.plan[(self.t - self.W) % self.K]
@@ -212,7 +206,7 @@ def test_rho_zero_is_the_base_optimizer_exactly(rho, sample):
     for batch in problems.mlp_batches(8):
         grads = gradient(params, batch)
         direction, state = update(grads, state, params)
-        jax.tree.map(np.testing.assert_array_equal, direction, grads)
+        problems.assert_equal(direction, grads)
         assert float(state.psf_norm) == 0
         params = optax.apply_updates(params, optax.tree.scale(-0.1, direction))
 

@@ -15,8 +15,8 @@ def small_vsam(**kwargs):
     return vsam_jax.vsam(0.1, **(defaults | kwargs))
 
 
-def run(tx, params, batches, train_step=None, sample=None):
-    step = jax.jit(train_step or problems.make_step(tx), static_argnames=())
+def run(tx, params, batches):
+    step = jax.jit(problems.make_step(tx))
     state = (params, tx.init(params))
     for batch in batches:
         state, _ = step(state, batch)
@@ -93,7 +93,7 @@ def test_stats_mask_picks_the_tensors_of_the_norms():
             grads, tx.init(params), params, grad_fn=lambda p, g_sam=g_sam: g_sam
         )
         assert float(state.grad_norm) == float(state.psf_norm) == 5
-        jax.tree.map(np.testing.assert_array_equal, direction, g_sam)
+        problems.assert_equal(direction, g_sam)
     # What the statistics do not see must be finite all the same.
     g_bad = {'a': jnp.array([6.0, 8.0]), 'b': jnp.full(2, jnp.nan)}
     _, state = tx.update(grads, tx.init(params), params, grad_fn=lambda p: g_bad)
@@ -120,6 +120,29 @@ def test_first_window_starts_right_after_warm_up():
         assert sum(plans[warmup : warmup + 6]) == 1
 
 
+def test_by_default_the_rings_are_filled_before_the_first_planned_window():
+    """Warm-up is 2K - 1 steps; the next K steps hold floor(b) samples, not all."""
+    window = 6
+    tx = vsam_jax.vsam(window=window, segments=3, norm_gain=1.5, variance_gain=0.0)
+    w = jnp.ones(2)
+
+    @jax.jit
+    def update(state):
+        # Each PSF is twice the one before: rel(Q) = 1, so b = 1 + 1.5.
+        return tx.update(w, state, w, grad_fn=lambda p: w + 2.0**state.step)
+
+    state = tx.init(w)
+    plans = []
+    for _ in range(3 * window - 1):
+        assert float(state.budget) == (1 if len(plans) < 2 * window - 1 else 2.5)
+        plans.append(state.plan.tolist())
+        _, state = update(state)
+        assert bool(state.sampled) == plans[-1][(len(plans) - window) % window]
+    assert all(map(all, plans[: 2 * window - 1]))
+    assert plans[2 * window - 1 :] == [plans[-1]] * window
+    assert sum(plans[-1]) == 2
+
+
 def test_a_non_finite_sample_shows_once_and_leaves_no_trace():
     tx = optax.chain(
         small_vsam(warmup_steps=100), optax.apply_if_finite(optax.sgd(0.1), 100)
@@ -136,7 +159,7 @@ def test_a_non_finite_sample_shows_once_and_leaves_no_trace():
         np.testing.assert_array_equal(direction, 0)
         np.testing.assert_array_equal(updates, 0)  # The guard saw it and acted.
         np.testing.assert_array_equal(state[0].psf, kept.psf)
-        jax.tree.map(np.testing.assert_array_equal, state[0].rings, kept.rings)
+        problems.assert_equal(state[0].rings, kept.rings)
         assert int(state[0].age) == i + 1
         assert int(state[0].num_rejected) == i + 1
     # The next reuse step takes the older PSF at its own age.
@@ -179,9 +202,7 @@ def test_scan_equals_a_python_loop():
     scanned, _ = jax.lax.scan(
         problems.make_step(tx), (params, tx.init(params)), stacked
     )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), looped, scanned
-    )
+    problems.assert_close(looped, scanned)
 
 
 @pytest.mark.usefixtures('x64')
@@ -196,9 +217,7 @@ def test_vmap_equals_a_loop_over_the_members():
     step = jax.jit(jax.vmap(problems.make_step(tx), in_axes=(0, None)))
     for batch in batches:
         state, _ = step(state, batch)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), state, stack(apart)
-    )
+    problems.assert_close(state, stack(apart))
 
 
 @pytest.mark.usefixtures('x64')
@@ -206,22 +225,26 @@ def test_gradients_flow_through_an_unrolled_run():
     batches = problems.mlp_batches(6, dtype=jnp.float64)
     params = problems.mlp_params(dtype=jnp.float64)
 
-    def final_loss(rho):
+    def final(rho):
         tx = optax.chain(
             vsam_jax.vsam(rho, window=2, segments=1, warmup_steps=2), optax.sgd(0.1)
         )
         state = (params, tx.init(params))
         for batch in batches:
             state, _ = problems.make_step(tx)(state, batch)
-        return problems.mlp_loss(state[0], batches[0])
+        inner = vsam_jax.find_state(state)
+        statistics = (inner.grad_norm, inner.psf_norm, inner.budget, inner.rings)
+        return problems.mlp_loss(state[0], batches[0]), statistics
 
-    value_and_slope = jax.jit(jax.value_and_grad(final_loss))
-    loss = lambda rho: value_and_slope(rho)[0]
-    _, slope = value_and_slope(0.1)
+    loss_of = jax.jit(lambda rho: final(rho)[0])
+    slope_of = jax.jit(jax.grad(lambda rho: final(rho)[0]))
     h = 1e-5
-    want = (loss(0.1 + h) - loss(0.1 - h)) / (2 * h)
-    assert float(slope) == pytest.approx(float(want), rel=1e-5)
-    assert bool(jnp.isfinite(value_and_slope(0.0)[1]))
+    want = (loss_of(0.1 + h) - loss_of(0.1 - h)) / (2 * h)
+    assert float(slope_of(0.1)) == pytest.approx(float(want), rel=1e-5)
+    # At 0 the PSF vanishes, where a norm has no derivative.
+    slopes = jax.jit(jax.jacfwd(final))(0.0)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(slopes))
+    assert bool(jnp.isfinite(slope_of(0.0)))
 
 
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
@@ -263,9 +286,9 @@ def test_donated_states_run_on():
     for batch in batches:
         old = state
         state, _ = step(state, batch)
-        reused = (old[0], problems.vsam_state(old).psf)
+        reused = (old[0], vsam_jax.find_state(old).psf)
         assert all(x.is_deleted() for x in jax.tree.leaves(reused))
-    jax.tree.map(np.testing.assert_array_equal, state, kept)
+    problems.assert_equal(state, kept)
 
 
 def test_stacked_and_nested_trees_give_the_same_numbers_as_a_flat_vector():

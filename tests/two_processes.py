@@ -65,11 +65,11 @@ def run(layout: str, planned: bool) -> dict[str, Any]:
             lambda a: jax.make_array_from_process_local_data(split, a[half]), batch
         )
         state, _ = step(state, batch)
-        inner = problems.vsam_state(state)
+        inner = vsam_jax.find_state(state)
         sampled.append(bool(inner.sampled))
         plans.append(np.asarray(inner.plan).tolist())
     params = multihost_utils.process_allgather(state[0], tiled=True)
-    small = problems.vsam_state(state)._replace(psf=None)
+    small = vsam_jax.find_state(state)._replace(psf=None)
     return {
         'params': [np.asarray(p).tolist() for p in params],
         'sampled': sampled,

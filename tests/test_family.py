@@ -1,6 +1,5 @@
 """The methods of the family: each is what its paper says, and one code runs all."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -131,6 +131,3 @@ def assert_close(
     """Like :func:`assert_equal`, up to a tolerance."""
     compare = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
     jax.tree.map(compare, actual, expected)
-
-
-vsam_state = vsam_jax.find_state

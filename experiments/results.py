@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import configuration
+from experiments import configuration, files
 
 RESULT = 'result.json'
 LOG = 'log.jsonl'
@@ -91,17 +91,9 @@ def finished(path: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] | None:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a JSON file that is either the old one or complete."""
-    # The name of a temporary file is private to its writer; the mode is not.
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with temporary.open('w') as file:
-            json.dump(jsonable(content), file, indent=1, allow_nan=False)
-            file.write('\n')
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(jsonable(content), indent=1, allow_nan=False)
+    with files.replacing(path) as file:
+        file.write(f'{text}\n'.encode())
 
 
 def jsonable(value: Any) -> Any:

@@ -260,3 +260,9 @@ def same_tree(
 
 def _where(path: Any) -> str:
     return jax.tree_util.keystr(path) or 'its root'
+
+
+def assign(rule: Any, **values: Any) -> None:
+    """Puts checked values into a frozen dataclass that is being made."""
+    for name, value in values.items():
+        object.__setattr__(rule, name, value)

@@ -364,12 +364,13 @@ def looksam(
         >>> print(int(opt_state[0].num_samples))
         3
     """
-    every = _checks.integer('every', every, low=1, high=2**20)
-    rule = reuse.RescaledOrthogonal(gain)
+    rule = sampling.Periodic(every)
+    # Checked also where nothing is reused.
+    rescaled = reuse.RescaledOrthogonal(gain)
     return transform.sharpness_aware(
         perturbation.l2_ascent,
-        sampling.Periodic(every),
-        reuse.NoReuse() if every == 1 else rule,
+        rule,
+        reuse.NoReuse() if rule.always else rescaled,
         rho,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,

@@ -97,10 +97,13 @@ class DecayedDifference:
     reuse_steps: int
 
     def __post_init__(self):
-        decay = _checks.real('decay', self.decay, high=1.0)
-        steps = _checks.integer('reuse_steps', self.reuse_steps, low=0, high=2**31 - 2)
-        object.__setattr__(self, 'decay', decay)
-        object.__setattr__(self, 'reuse_steps', steps)
+        _checks.assign(
+            self,
+            decay=_checks.real('decay', self.decay, high=1.0),
+            reuse_steps=_checks.integer(
+                'reuse_steps', self.reuse_steps, low=0, high=2**31 - 2
+            ),
+        )
 
     @property
     def initial_age(self) -> int:
@@ -151,7 +154,7 @@ class RescaledOrthogonal:
     gain: float
 
     def __post_init__(self):
-        object.__setattr__(self, 'gain', _checks.real('gain', self.gain))
+        _checks.assign(self, gain=_checks.real('gain', self.gain))
 
     @property
     def initial_age(self) -> int:

@@ -12,7 +12,7 @@ is passed in and returned.
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -172,12 +172,6 @@ _MAX_SEED = 2**32 - 1
 _MAX_WINDOW = 2**20  # The plan of a window is an array of this length.
 
 
-def _set(rule: Any, **values: Any) -> None:
-    """Puts checked values into a frozen dataclass that is being made."""
-    for name, value in values.items():
-        object.__setattr__(rule, name, value)
-
-
 @dataclasses.dataclass(frozen=True)
 class ByVariation:
     """vSAM: ⌊b⌋ samples a window, b driven by how much the PSF varies.
@@ -208,7 +202,7 @@ class ByVariation:
                 'segments must divide window into groups of at least two (a variance'
                 f' needs two values), got segments={segments} for window={window}.'
             )
-        _set(
+        _checks.assign(
             self,
             window=window,
             segments=segments,
@@ -303,7 +297,9 @@ class Periodic(_FixedRate):
     every: int
 
     def __post_init__(self):
-        _set(self, every=_checks.integer('every', self.every, low=1, high=_MAX_WINDOW))
+        _checks.assign(
+            self, every=_checks.integer('every', self.every, low=1, high=_MAX_WINDOW)
+        )
 
     @property
     def window(self) -> int:
@@ -337,7 +333,7 @@ class AtRandom(_FixedRate):
     seed: int
 
     def __post_init__(self):
-        _set(
+        _checks.assign(
             self,
             rate=_checks.real('rate', self.rate, high=1.0, open_low=True),
             window=_checks.integer('window', self.window, low=1, high=_MAX_WINDOW),

@@ -177,6 +177,7 @@ def tfds(
     split_seed: int = 0,
     train_split: str = 'train',
     test_split: str = 'test',
+    label: str = '',
     statistics: str = 'train',
     num_classes: int = 0,
 ) -> Dataset:
@@ -195,6 +196,8 @@ def tfds(
         split_seed: chooses which are which, see :func:`digits`.
         train_split: what the data set calls the examples to train on.
         test_split: what it calls those to report on.
+        label: the feature that holds the classes; if it is empty, the one that the
+            data set names.
         statistics: the mean and deviation that images are normalised with: a name
             in :data:`NORMALIZATIONS`, or ``'train'`` for those of the images that
             are trained on.
@@ -208,6 +211,7 @@ def tfds(
         dataset,
         data_dir=data_dir,
         cache_dir=cache_dir,
+        label=label,
         num_classes=num_classes,
     )
     seen, unseen = read(train_split), read(test_split)
@@ -302,6 +306,14 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     'cifar10': functools.partial(tfds, 'cifar10', statistics='cifar10', num_classes=10),
     'cifar100': functools.partial(
         tfds, 'cifar100', statistics='cifar100', num_classes=100
+    ),
+    # The same images, by the 20 groups that the 100 classes form.
+    'cifar100_coarse': functools.partial(
+        tfds,
+        'cifar100',
+        label='coarse_label',
+        statistics='cifar100',
+        num_classes=20,
     ),
     'tfds': tfds,
 }

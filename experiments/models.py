@@ -87,9 +87,19 @@ def _cnn(num_classes: int, width: int = 32, dtype: str = 'float32') -> nn.Module
 
 
 def _small_resnet(
-    num_classes: int, width: int = 16, blocks: int = 1, dtype: str = 'float32'
+    num_classes: int,
+    width: int = 16,
+    blocks: int = 1,
+    stem_stride: int = 1,
+    dtype: str = 'float32',
 ) -> nn.Module:
-    return ResNet(num_classes, (blocks,) * 3, width, dtype=jnp.dtype(dtype))
+    return ResNet(
+        num_classes,
+        (blocks,) * 3,
+        width,
+        stem_stride=stem_stride,
+        dtype=jnp.dtype(dtype),
+    )
 
 
 def _resnet18(num_classes: int, width: int = 64, dtype: str = 'float32') -> nn.Module:
@@ -97,7 +107,7 @@ def _resnet18(num_classes: int, width: int = 64, dtype: str = 'float32') -> nn.M
 
 
 def _resnet50(num_classes: int, width: int = 64, dtype: str = 'float32') -> nn.Module:
-    return ResNet(num_classes, (3, 4, 6, 3), width, Bottleneck, jnp.dtype(dtype))
+    return ResNet(num_classes, (3, 4, 6, 3), width, Bottleneck, dtype=jnp.dtype(dtype))
 
 
 def _wide_resnet(

@@ -49,6 +49,7 @@ def read(
     *,
     data_dir: str | os.PathLike | None = None,
     cache_dir: str | os.PathLike | None = None,
+    label: str | None = None,
     num_classes: int | None = None,
 ) -> Images:
     """Reads a split, from its cache file if there is one.
@@ -62,9 +63,12 @@ def read(
             environment variable ``TFDS_DATA_DIR`` says, else
             ``~/tensorflow_datasets``.
         cache_dir: where cache files are; if it is empty, ``decoded`` in
-            ``data_dir``. There is one for each ``dataset`` and ``split``. It is
-            never out of date by itself: remove it where the data set was
+            ``data_dir``. There is one for each ``dataset``, ``split`` and ``label``.
+            It is never out of date by itself: remove it where the data set was
             prepared anew.
+        label: the feature that holds the classes, where a data set has more than
+            one: ``'coarse_label'`` for the 20 groups of classes of CIFAR-100. If it
+            is empty, the one that the data set names for supervised learning.
         num_classes: how many classes there must be; if it is 0 or None, as many
             as the data set says.
 
@@ -78,10 +82,11 @@ def read(
     root = data_directory(data_dir)
     directory = pathlib.Path(cache_dir) if cache_dir else root / 'decoded'
     # Names contain slashes and colons.
-    name = urllib.parse.quote(f'{dataset}-{split}', safe='')
+    name = '-'.join(filter(None, (dataset, split, label)))
+    name = urllib.parse.quote(name, safe='')
     path = directory.expanduser() / f'{name}.npz'
     if not path.exists():
-        _write_cache(path, dataset, split, root)
+        _write_cache(path, dataset, split, label, root)
     content = _read_cache(path)
     if num_classes and content.num_classes != num_classes:
         raise DataError(
@@ -103,15 +108,15 @@ def data_directory(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
 
 
 def _write_cache(
-    path: pathlib.Path, dataset: str, split: str, root: pathlib.Path
+    path: pathlib.Path, dataset: str, split: str, label: str | None, root: pathlib.Path
 ) -> None:
     prepare_anew = _prepare_command(dataset, root)
-    builder = _open(dataset, split, root, prepare_anew)
+    builder = _open(dataset, split, label, root, prepare_anew)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Opened before a long time is spent on what cannot be written.
         with files.replacing(path) as file:
-            content = _decode(builder, split, prepare_anew)
+            content = _decode(builder, split, label, prepare_anew)
             header = {
                 'format': _FORMAT,
                 'num_classes': content.num_classes,
@@ -172,7 +177,9 @@ def _check(content: Images) -> None:
 # --- Prepared data sets -------------------------------------------------------
 
 
-def _open(dataset: str, split: str, root: pathlib.Path, prepare_anew: str) -> Any:
+def _open(
+    dataset: str, split: str, label: str | None, root: pathlib.Path, prepare_anew: str
+) -> Any:
     """The builder of a prepared data set that has such a split."""
     tfds = _import_tfds(dataset, root)
     try:
@@ -203,7 +210,7 @@ def _open(dataset: str, split: str, root: pathlib.Path, prepare_anew: str) -> An
             f'split must be one of {", ".join(builder.info.splits)}; got {split!r} for'
             f' {dataset}.'
         )
-    _label_and_shape(builder, prepare_anew)
+    _keys_and_shape(builder, label, prepare_anew)
     return builder
 
 
@@ -219,14 +226,22 @@ def _damaged_metadata(directory: pathlib.Path) -> list[pathlib.Path]:
     return damaged
 
 
-def _label_and_shape(
-    builder: Any, prepare_anew: str
+def _keys_and_shape(
+    builder: Any, named: str | None, prepare_anew: str
 ) -> tuple[str, str, int, tuple[int, ...]]:
     """The keys of image and label, how many classes, and the images' shape."""
     # A data set may be of text, without features that have names.
     features = dict(getattr(builder.info.features, 'items', tuple)())
     keys = builder.info.supervised_keys
     image, label = keys if keys and len(keys) == 2 else ('image', 'label')
+    if named:
+        label = named
+        classes = [name for name in features if hasattr(features[name], 'num_classes')]
+        if label not in classes:
+            raise DataError(
+                f'label must be one of {", ".join(classes) or "no features"}; got'
+                f' {label!r} for {builder.info.name}.'
+            )
     shape = getattr(features.get(image), 'shape', None) or ()
     num_classes = getattr(features.get(label), 'num_classes', None)
     fits = len(shape) == 3 and None not in shape
@@ -245,8 +260,8 @@ def _label_and_shape(
     return image, label, num_classes, shape
 
 
-def _decode(builder: Any, split: str, prepare_anew: str) -> Images:
-    image, label, num_classes, shape = _label_and_shape(builder, prepare_anew)
+def _decode(builder: Any, split: str, named: str | None, prepare_anew: str) -> Images:
+    image, label, num_classes, shape = _keys_and_shape(builder, named, prepare_anew)
     size = builder.info.splits[split].num_examples
     images = np.empty((size, *shape), np.uint8)
     labels = np.empty(size, np.int32)

@@ -89,6 +89,21 @@ def test_versions_have_caches_of_their_own(data_dir, tmp_path):
     assert len(list((tmp_path / 'x').iterdir())) == 2
 
 
+def test_the_feature_that_holds_the_classes_can_be_named(cache_dir, data_dir, tmp_path):
+    default = tfds_data.read('tiny_images', 'test', cache_dir=cache_dir)
+    keywords = {'data_dir': data_dir, 'cache_dir': tmp_path / 'x'}
+    named = tfds_data.read('tiny_images', 'test', label='label', **keywords)
+    np.testing.assert_array_equal(default.labels, named.labels)
+    # A cache file of its own: what another feature says is not mixed up with it.
+    assert [path.name for path in (tmp_path / 'x').iterdir()] == [
+        'tiny_images-test-label.npz'
+    ]
+    with pytest.raises(
+        tfds_data.DataError, match="label must be one of label; got 'x'"
+    ):
+        tfds_data.read('tiny_images', 'test', label='x', **keywords)
+
+
 def test_a_configuration_names_a_data_set_and_its_parts(cache_dir):
     small = load(cache_dir=str(cache_dir), validation=6, train=5, test=3)
     large = load(cache_dir=str(cache_dir), validation=6)

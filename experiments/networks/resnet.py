@@ -74,6 +74,8 @@ class ResNet(nn.Module):
             halves height and width.
         width: channels of the first stage.
         block: what a stage is made of.
+        stem_stride: of the first convolution; 2 makes everything after it a quarter
+            of the work.
         dtype: what convolutions compute in.
     """
 
@@ -81,12 +83,14 @@ class ResNet(nn.Module):
     stages: tuple[int, ...]
     width: int = 64
     block: type[BasicBlock] | type[Bottleneck] = BasicBlock
+    stem_stride: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Logits [batch, classes] of images [batch, height, width, channels]."""
-        x = nn.relu(norm(train)(conv(self.width, dtype=self.dtype)(x)))
+        x = conv(self.width, stride=self.stem_stride, dtype=self.dtype)(x)
+        x = nn.relu(norm(train)(x))
         for stage, blocks in enumerate(self.stages):
             for number in range(blocks):
                 stride = 2 if stage and not number else 1

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments import compare
+from experiments import tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -26,8 +26,8 @@ def _digits() -> str:
     seeds = len(summary['methods']['sgd']['seeds'])
     versions = summary['versions']
     return (
-        compare.markdown(*compare.rows_of(summary))
-        + f'\n{compare.FOOTNOTE} Mean ± sd of {seeds} seeds; {_device(summary)}, jax'
+        tables.markdown(*tables.of_comparison(summary))
+        + f'\n{tables.FOOTNOTE} Mean ± sd of {seeds} seeds; {_device(summary)}, jax'
         f' {versions["jax"]}.'
         f' Command: `{summary["command"]}`.\n'
     )
@@ -52,7 +52,7 @@ def _benchmark() -> str:
                     str(row['rounds']),
                 ]
             )
-        text += f'{problem["title"]}:\n\n{compare.markdown(header, rows)}\n'
+        text += f'{problem["title"]}:\n\n{tables.markdown(header, rows)}\n'
     return (
         text + f'Median (quartiles) over interleaved rounds; {_device(content)}, jax'
         f' {content["versions"]["jax"]}. Command: `{content["command"]}`.\n'

@@ -21,11 +21,12 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from scipy import stats
 
 from experiments import configuration, files
 
@@ -230,6 +231,25 @@ def summary(values: Iterable[float]) -> dict[str, Any]:
         'sd': float(np.std(values, ddof=1)) if len(values) > 1 else None,
         'values': values,
     }
+
+
+def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
+    """Mean of the differences ``values − others``, and its 95 % interval (t).
+
+    Args:
+        values: numbers, one per seed.
+        others: as many, of the same seeds.
+
+    Returns:
+        The mean, and ``low`` and ``high``, which are None for a single seed.
+    """
+    differences = np.subtract(values, others)
+    number, mean = len(differences), float(np.mean(differences))
+    if number < 2:
+        return {'mean': mean, 'low': None, 'high': None}
+    error = float(np.std(differences, ddof=1)) / math.sqrt(number)
+    half = float(stats.t.ppf(0.975, number - 1)) * error
+    return {'mean': mean, 'low': mean - half, 'high': mean + half}
 
 
 def quartiles(values: Iterable[float]) -> dict[str, Any]:

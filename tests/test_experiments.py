@@ -24,8 +24,11 @@ from experiments import (
     models,
     progress,
     results,
+    shards,
+    tables,
+    tune,
 )
-from experiments.configs import cifar10, cifar100, digits
+from experiments.configs import cifar10, cifar100, cifar100_small, digits
 from experiments.train import train
 
 # What methods are made for, where it does not matter.
@@ -281,7 +284,7 @@ def test_without_validation_examples_the_best_is_that_on_test(config, tmp_path):
     assert result['validation_accuracy'] is None
     assert not any('validation_accuracy' in entry for entry in result['log'])
     with pytest.raises(configuration.ConfigError, match='validation must be at least'):
-        compare.tune(config, tmp_path, seeds=(100,), grid=())
+        tune.tune(config, tmp_path, seeds=(100,), grid=())
 
 
 def test_training_learns(config, tmp_path):
@@ -652,6 +655,43 @@ def test_finished_runs_of_a_comparison_are_not_run_again(config, comparison):
     assert again == summary
 
 
+def test_shards_make_each_run_once_and_a_whole_finds_them_finished(config, tmp_path):
+    settings = {
+        'methods': ('sgd', 'sam'),
+        'seeds': (0, 1, 2),
+        'timing_rounds': 1,
+        'timing_steps': 1,
+    }
+    short = changed(config, epochs=2)
+    for index, runs in ((0, 3), (1, 6)):
+        shard = shards.Shard(index, 2)
+        assert not compare.compare(short, tmp_path, shard=shard, **settings)
+        made = {file: file.stat().st_mtime_ns for file in tmp_path.rglob('result.json')}
+        assert len(made) == runs
+    assert compare.compare(short, tmp_path, **settings)
+    assert {file: file.stat().st_mtime_ns for file in made} == made
+
+
+@pytest.mark.parametrize('text', ['2/2', '1', '-1/2', 'a/b', '0/0'])
+def test_a_shard_that_is_none_says_what_is_allowed(text):
+    with pytest.raises(configuration.ConfigError, match=f"index/count .*got '{text}'"):
+        shards.parse(text)
+    assert shards.parse('') == shards.Shard(0, 1)
+    assert shards.parse('1/3') == shards.Shard(1, 3)
+
+
+def test_differences_are_those_of_runs_of_the_same_seed():
+    # By hand: differences 1, 2, 3 have mean 2, deviation 1, and t(2; 0.975) = 4.302653.
+    found = results.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    half = 4.302653 / np.sqrt(3)
+    assert found == pytest.approx({'mean': 2, 'low': 2 - half, 'high': 2 + half})
+    single = results.paired([2.0], [1.0])
+    assert single == {'mean': 1.0, 'low': None, 'high': None}
+    assert tables.points({'mean': -0.012, 'low': -0.02, 'high': 0.004}) == (
+        '−1.2 [−2.0, +0.4]'
+    )
+
+
 def test_costs_weigh_sampled_and_reuse_steps_within_a_round():
     times = {
         'seconds_per_step': {
@@ -672,7 +712,7 @@ def test_the_report_is_a_table_and_two_figures(comparison, tmp_path):
     files = compare.write_report(summary, tmp_path)
     assert [file.suffix for file in files] == ['.md', '.png', '.png']
     lines = files[0].read_text().splitlines()
-    assert len([line for line in lines if line.startswith('|')]) == 4
+    assert len([line for line in lines if line.startswith('|')]) == 4 + 3
     accuracy = summary['methods']['vsam']['test_accuracy']
     assert f'{100 * accuracy["mean"]:.1f} ± {100 * accuracy["sd"]:.1f}' in lines[3]
     assert lines[3].startswith('| vSAM |')
@@ -681,7 +721,7 @@ def test_the_report_is_a_table_and_two_figures(comparison, tmp_path):
 
 
 def test_tuning_judges_on_the_validation_examples_alone(config, tmp_path):
-    tuning = compare.tune(
+    tuning = tune.tune(
         changed(config, epochs=2),
         tmp_path,
         seeds=(100, 101),
@@ -708,7 +748,7 @@ def test_tuning_judges_on_the_validation_examples_alone(config, tmp_path):
 def test_seeds_that_are_reported_are_not_tuned_on(config, tmp_path):
     reported = config.compare.seeds[0]
     with pytest.raises(configuration.ConfigError, match=rf'both hold \[{reported}\]'):
-        compare.tune(config, tmp_path, seeds=(reported, 100), grid=())
+        tune.tune(config, tmp_path, seeds=(reported, 100), grid=())
 
 
 def test_the_digits_configuration_is_complete_and_its_seeds_are_apart():
@@ -740,3 +780,21 @@ def test_the_configurations_of_cifar_are_the_published_recipe(config, num_classe
     assert config.methods.vsam.warmup_steps == 3 * (50_000 // config.batch_size)
     assert config.optimizer.learning_rate == 0.05
     assert config.optimizer.weight_decay == 1e-3
+
+
+@pytest.mark.parametrize('regime', cifar100_small.REGIMES)
+def test_the_small_configurations_are_complete(regime):
+    config: Any = cifar100_small.get_config(regime)
+    configuration.check(config)
+    assert not set(config.tune.seeds) & set(config.compare.seeds)
+    models.create(config.model, config.models[config.model], 20)
+    for method, field, values, others in config.tune.grid:
+        for value in values:
+            trial = {field: value, **dict(others)}
+            setting: Any = configuration.with_values(config, trial)
+            methods.create(method, setting.methods[method], setting.optimizer, TASK)
+
+
+def test_an_unknown_regime_is_named():
+    with pytest.raises(ValueError, match="noisy, underfitted; got 'x'"):
+        cifar100_small.get_config('x')

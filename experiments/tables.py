@@ -1,0 +1,95 @@
+"""Tables of results, on a terminal and in Markdown."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+FOOTNOTE = (
+    'Accuracy on test examples after the last epoch; * at the epoch that was best on'
+    ' the validation examples, as with early stopping. Time of a training step:'
+    ' median and quartiles of interleaved rounds. Sampled: the share of steps with a'
+    ' second gradient.'
+)
+DIFFERENCES = (
+    ' Differences are those of runs of the same seed, in points of accuracy, with'
+    ' 95 % intervals (t).'
+)
+
+
+def of_comparison(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of a comparison."""
+    baseline = summary['methods'][summary['baseline']]['title']
+    # Narrow enough for a terminal of 80 columns.
+    on_test = any(row.get('best_on') == 'test' for row in summary['methods'].values())
+    header = [
+        'Method',
+        'ρ',
+        'Accuracy, %',
+        'Best on test, %' if on_test else 'Best epoch*, %',
+        f'Time ({baseline} = 1)',
+        'Sampled',
+    ]
+    rows = []
+    for method in summary['methods'].values():
+        time = method['relative_time']
+        rows.append(
+            [
+                method['title'],
+                str(method['settings'].get('rho', '–')),
+                percent(method['test_accuracy']),
+                percent(method['best_test_accuracy']),
+                f'{time["median"]:.2f} ({time["low"]:.2f}–{time["high"]:.2f})',
+                f'{method["sampling_rate"]["mean"]:.2f}',
+            ]
+        )
+    return header, rows
+
+
+def of_differences(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the paired differences of a comparison."""
+    methods = summary['methods']
+    others = list(dict.fromkeys(o for m in methods.values() for o in m['differences']))
+    header = ['Method', *(f'− {methods[other]["title"]}, points' for other in others)]
+    rows = [
+        [
+            method['title'],
+            *(points(method['differences'].get(other)) for other in others),
+        ]
+        for method in methods.values()
+        if method['differences']
+    ]
+    return header, rows
+
+
+def percent(accuracy: dict[str, Any]) -> str:
+    """Mean ± standard deviation of shares, in per cent."""
+    sd = accuracy['sd']
+    spread = '' if sd is None else f' ± {100 * sd:.1f}'
+    return f'{100 * accuracy["mean"]:.1f}{spread}'
+
+
+def points(difference: dict[str, Any] | None) -> str:
+    """Mean difference of shares and its interval, in points."""
+    if difference is None:
+        return '–'
+    text = f'{100 * difference["mean"]:+.1f}'
+    if difference['low'] is not None:
+        text += f' [{100 * difference["low"]:+.1f}, {100 * difference["high"]:+.1f}]'
+    return text.replace('-', '−')
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table as Markdown."""
+    lines = [header, ['---'] * len(header), *rows]
+    return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
+
+
+def show(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """A table on the terminal."""
+    table = Table(title=title, title_justify='left')
+    for name in header:
+        table.add_column(name, justify='left' if name == header[0] else 'right')
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

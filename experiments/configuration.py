@@ -40,6 +40,7 @@ FIELDS = (
     'log_every',
     'eval_every',
     'checkpoint_every',
+    'checkpoint_keep',
 )
 PLANS = ('compare', 'tune')
 DISPATCHES = ('planned', 'traced')
@@ -111,7 +112,7 @@ def check(config: Any) -> None:
     pick('config.method', config.methods, config.method)
     pick('config.model', config.models, config.model)
     integers = ('epochs', 'batch_size', 'log_every', 'eval_every', 'checkpoint_every')
-    for name in integers:
+    for name in (*integers, 'checkpoint_keep'):
         value, low = config[name], 0 if name == 'checkpoint_every' else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(
@@ -154,10 +155,19 @@ def of_run(config: Any) -> dict[str, Any]:
     run = {name: _plain(config[name]) for name in FIELDS}
     run['models'] = {config.model: run['models'][config.model]}
     run['methods'] = {config.method: run['methods'][config.method]}
-    # None at all is said by leaving it out, as runs from before there was any do.
+    # What is as it was before it could be chosen is left out, so that older runs
+    # stay valid.
     if {**_UNCHANGED, **run['augmentation']} == _UNCHANGED:
         del run['augmentation']
+    if run['checkpoint_keep'] == 1:
+        del run['checkpoint_keep']
     return run
+
+
+def from_run(settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """The configuration of a run, from what :func:`of_run` gave of it."""
+    left_out = {'augmentation': _UNCHANGED, 'checkpoint_keep': 1}
+    return ml_collections.ConfigDict({**left_out, **settings})
 
 
 def _plain(value: Any) -> Any:

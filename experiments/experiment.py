@@ -90,7 +90,7 @@ class Experiment:
             ),
         )
         train_step = _recorded(
-            self.method.make_step(_loss_fn(self.model, config.label_smoothing)),
+            self.method.make_step(loss_of(self.model, config.label_smoothing)),
             has_plan=bool(self.method.programs),
         )
         self.step: Any
@@ -199,14 +199,28 @@ def _init(model: nn.Module, key: jax.Array, image: jax.Array) -> PyTree:
     return model.init(key, image, train=False)
 
 
-def _loss_fn(model: nn.Module, label_smoothing: float) -> Callable[..., Any]:
-    # What a step does not use of this is not computed.
+def loss_of(
+    model: nn.Module, label_smoothing: float, train: bool = True
+) -> Callable[..., Any]:
+    """The loss that a network is trained with.
+
+    Args:
+        model: the network.
+        label_smoothing: what :func:`smooth_labels` takes.
+        train: whether the network runs in training mode, where BatchNorm normalises
+            with the statistics of the mini-batch, or with its running ones.
+
+    Returns:
+        A loss function as :func:`vsam_jax.make_train_step` takes it.
+    """
+
+    # What is not used of this is not computed.
     def loss_fn(params: PyTree, batch_stats: PyTree, batch: Any, key: Any, /):
         rngs = {} if key is None else {'dropout': key}
         logits, updated = model.apply(
             {'params': params, 'batch_stats': batch_stats},
             batch['image'],
-            train=True,
+            train=train,
             rngs=rngs,
             mutable=['batch_stats'],
         )

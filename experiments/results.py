@@ -4,7 +4,7 @@
 ``result.json``       settings, accuracies, times; there once a run is finished
 ``log.jsonl``         one line per logging interval: means, accuracies, speed
 ``trace.jsonl``       one line per interval with a list of numbers of each step
-``checkpoints/``      the last complete checkpoint, where the settings ask for any
+``checkpoints/``      the last complete checkpoints, where the settings ask for any
 ``tensorboard/``      the numbers of ``log.jsonl`` as events, for TensorBoard
 ====================  ==========================================================
 """

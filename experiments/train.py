@@ -147,7 +147,9 @@ class _Checkpoints:
 
             self._manager = ocp.CheckpointManager(
                 (path / results.CHECKPOINTS).absolute(),
-                options=ocp.CheckpointManagerOptions(max_to_keep=1),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=config.checkpoint_keep
+                ),
             )
 
     def __enter__(self) -> '_Checkpoints':

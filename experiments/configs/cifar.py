@@ -93,6 +93,7 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
     config.log_every = 1
     config.eval_every = 1
     config.checkpoint_every = 1
+    config.checkpoint_keep = 1
 
     config.compare = {
         # Costs are relative to the first.

@@ -87,6 +87,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval_every = 2
     # 0: none, a run takes seconds.
     config.checkpoint_every = 0
+    # How many of the last ones stay.
+    config.checkpoint_keep = 1
 
     config.compare = {
         # Costs are relative to the first.

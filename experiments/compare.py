@@ -43,6 +43,7 @@ _CURVES = (
     'budget',
     'grad_norm',
     'psf_norm',
+    'psf_norm_change',
     'validation_accuracy',
     'test_accuracy',
 )

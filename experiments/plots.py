@@ -1,7 +1,7 @@
-"""Figures of a comparison, drawn from its JSON alone."""
+"""Figures of comparisons, drawn from their JSON alone."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib
@@ -132,8 +132,7 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
                     y = np.nan_to_num(y)
                 if quantity in ('test_accuracy', 'sampled'):
                     y = 100 * y
-                if np.isfinite(y).all():
-                    _band(axes, x, y, color, label)
+                _band(axes, x, y, color, label)
             axes.set_title(title, loc='left')
             axes.set_xlabel('epoch')
         panels[0, 1].set_ylim(-4, 104)
@@ -151,6 +150,147 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
         figure.savefig(path)
 
 
+def accuracy_against_speed(
+    summaries: Sequence[dict[str, Any]], path: pathlib.Path
+) -> None:
+    """Figure 1: test accuracy over training speed, one connected line per method.
+
+    Args:
+        summaries: what :func:`experiments.compare.compare` returns, of one network
+            each; a line has one mark for each of them.
+        path: the PNG to write.
+    """
+    networks = [summary['config']['model'] for summary in summaries]
+    names = dict.fromkeys(name for each in summaries for name in each['methods'])
+    with matplotlib.rc_context(_SETTINGS):
+        figure, axes = _figure(7.6, 4.6)
+        for name in names:
+            color, marker = STYLES.get(name, _OTHER)
+            rows = [each['methods'].get(name) for each in summaries]
+            rows = [row for row in rows if row]
+            speed = np.asarray(
+                [
+                    [row['images_per_second'][key] for row in rows]
+                    for key in ('median', 'low', 'high')
+                ]
+            )
+            accuracy = [100 * row['test_accuracy']['mean'] for row in rows]
+            axes.errorbar(
+                speed[0],
+                accuracy,
+                xerr=[speed[0] - speed[1], speed[2] - speed[0]],
+                yerr=[100 * (row['test_accuracy']['sd'] or 0) for row in rows],
+                color=color,
+                marker=marker,
+                markersize=7,
+                capsize=2,
+                elinewidth=1.0,
+                label=rows[0]['title'],
+            )
+        for summary, network in zip(summaries, networks, strict=True):
+            rows = summary['methods'].values()
+            # Below the lowest mark of the network.
+            low = min(rows, key=lambda row: row['test_accuracy']['mean'])
+            down = low['test_accuracy']['mean'] - (low['test_accuracy']['sd'] or 0)
+            axes.annotate(
+                _NETWORKS.get(network, network),
+                (low['images_per_second']['median'], 100 * down),
+                xytext=(0, -8),
+                textcoords='offset points',
+                ha='center',
+                va='top',
+            )
+        axes.set_xscale('log')
+        _plain_numbers(axes.xaxis)
+        axes.margins(x=0.1, y=0.18)
+        axes.set_xlabel('training speed, images/s')
+        axes.set_ylabel('test accuracy, %')
+        axes.legend(loc='center left', bbox_to_anchor=(1, 0.5))
+        axes.set_title(
+            f'{_titles(summaries)}: accuracy against training speed\n'
+            f'(mean ± sd of {_seeds(summaries)}; speed: median and quartiles)',
+            loc='left',
+        )
+        figure.savefig(path)
+
+
+def norms(summaries: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Figure 2: ‖g‖, ‖s‖ and how much ‖s‖ changes, over training; a column a network.
+
+    Lines are means over seeds, bands reach from the lowest to the highest.
+
+    Args:
+        summaries: what :func:`experiments.compare.compare` returns, of one network
+            each.
+        path: the PNG to write.
+    """
+    titles = {
+        'grad_norm': 'gradient norm ‖g‖',
+        'psf_norm': 'PSF norm ‖s‖',
+        'psf_norm_change': 'change of ‖s‖ from\nsample to sample, %',
+    }
+    with matplotlib.rc_context(_SETTINGS):
+        columns = len(summaries)
+        figure, panels = _figure(2.2 + 2.7 * columns, 6.4, len(titles), columns)
+        panels = np.reshape(panels, (len(titles), columns))
+        for summary, column in zip(summaries, panels.T, strict=True):
+            for (quantity, title), axes in zip(titles.items(), column, strict=True):
+                for label, color, x, y in _curves(summary, quantity):
+                    y = 100 * y if quantity == 'psf_norm_change' else y
+                    _band(axes, x, y, color, label)
+                axes.set_ylim(bottom=0)
+                if axes in panels[:, 0]:
+                    axes.set_ylabel(title)
+            network = summary['config']['model']
+            column[0].set_title(_NETWORKS.get(network, network), loc='left')
+            column[-1].set_xlabel('epoch')
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside right upper')
+        figure.suptitle(
+            f'{_titles(summaries)}: mean over {_seeds(summaries)}, band from lowest to'
+            ' highest',
+            x=0.01,
+            ha='left',
+            fontsize=11,
+        )
+        figure.savefig(path)
+
+
+# How networks are written in figures.
+_NETWORKS = {
+    'mlp': 'MLP',
+    'cnn': 'CNN',
+    'small_resnet': 'small ResNet',
+    'resnet18': 'ResNet-18',
+    'resnet50': 'ResNet-50',
+    'wide_resnet': 'WideResNet',
+    'pyramidnet': 'PyramidNet',
+    'mobilenet': 'MobileNet',
+    'vit': 'ViT',
+}
+
+
+def _titles(summaries: Sequence[dict[str, Any]]) -> str:
+    return ', '.join(dict.fromkeys(summary['name'] for summary in summaries))
+
+
+def _seeds(summaries: Sequence[dict[str, Any]]) -> str:
+    counts = {
+        len(method['seeds'])
+        for summary in summaries
+        for method in summary['methods'].values()
+    }
+    text = '–'.join(map(str, sorted({min(counts), max(counts)})))
+    return f'{text} seed' if counts == {1} else f'{text} seeds'
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Few round numbers, written out, on a logarithmic axis."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(ticker.StrMethodFormatter('{x:,.0f}'))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def _curves(
     summary: dict[str, Any], quantity: str
 ) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
@@ -158,10 +298,17 @@ def _curves(
     for name, method in summary['methods'].items():
         logs = [[entry for entry in log if quantity in entry] for log in method['logs']]
         x = np.asarray([entry['epoch'] for entry in logs[0]])
+        # null, where it was not finite, becomes NaN.
         y = np.asarray([[entry[quantity] for entry in log] for log in logs], float)
         yield method['title'], STYLES.get(name, _OTHER)[0], x, y
 
 
 def _band(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
-    axes.plot(x, y.mean(axis=0), color=color, label=label)
-    axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15, lw=0)
+    """Mean and range over seeds, where all of them have a value."""
+    known = np.isfinite(y).all(axis=0)
+    if known.any():
+        x, y = x[known], y[:, known]
+        axes.plot(x, y.mean(axis=0), color=color, label=label)
+        axes.fill_between(
+            x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15, lw=0
+        )

@@ -117,6 +117,9 @@ def _run(
                 'seconds': seconds,
                 'images_per_second': images / seconds,
                 **{name: float(np.mean(values)) for name, values in numbers.items()},
+                'psf_norm_change': change_of_norm(
+                    numbers['psf_norm'], numbers['sampled']
+                ),
             }
             if evaluates:
                 entry |= experiment.evaluate(state)
@@ -180,6 +183,22 @@ def _read_record(state: RunState, start: int, end: int) -> dict[str, np.ndarray]
     record = jax.device_get(state.record)
     rows = record[np.arange(start, end) % len(record)]
     return dict(zip(COLUMNS, rows.T, strict=True))
+
+
+def change_of_norm(norms: np.ndarray, sampled: np.ndarray) -> float:
+    """Mean of |nᵢ − nᵢ₋₁| / nᵢ₋₁ over the samples of an interval.
+
+    Args:
+        norms: [steps], the PSF norm of the latest sample.
+        sampled: [steps], 1 where there was one; NaN where a method takes none.
+
+    Returns:
+        The mean; NaN for fewer than two samples.
+    """
+    taken = norms[(sampled > 0) & np.isfinite(norms) & (norms > 0)]
+    if len(taken) < 2:
+        return float('nan')
+    return float(np.mean(np.abs(np.diff(taken)) / taken[:-1]))
 
 
 def _describe(entry: dict[str, Any]) -> str:

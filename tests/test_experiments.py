@@ -20,6 +20,7 @@ from experiments import (
     configuration,
     data,
     experiment,
+    figures,
     methods,
     models,
     progress,
@@ -29,7 +30,7 @@ from experiments import (
     tune,
 )
 from experiments.configs import cifar10, cifar100, cifar100_small, digits
-from experiments.train import train
+from experiments.train import change_of_norm, train
 
 # What methods are made for, where it does not matter.
 TASK = methods.Task(
@@ -690,6 +691,30 @@ def test_differences_are_those_of_runs_of_the_same_seed():
     assert tables.points({'mean': -0.012, 'low': -0.02, 'high': 0.004}) == (
         '−1.2 [−2.0, +0.4]'
     )
+
+
+def test_the_change_of_the_psf_norm_is_that_between_samples():
+    norms = np.asarray([1.0, 1.0, 1.5, 1.5, 0.75, np.nan])
+    sampled = np.asarray([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
+    # 1 → 1.5 → 0.75: changes of one half each.
+    assert change_of_norm(norms, sampled) == pytest.approx(0.5)
+    # SGD has no plan; one sample has none before it.
+    assert np.isnan(change_of_norm(norms, np.full(6, np.nan)))
+    assert np.isnan(change_of_norm(norms[:2], sampled[:2]))
+
+
+def test_figures_join_comparisons_of_several_networks(comparison, tmp_path):
+    summary, path = comparison
+    loaded = figures.load([str(path), str(path / compare.SUMMARY)])
+    assert loaded == [summary, summary]
+    for file in figures.write(loaded, tmp_path):
+        assert file.read_bytes().startswith(b'\x89PNG')
+    with pytest.raises(configuration.ConfigError, match='a workdir of experiments'):
+        figures.load([str(tmp_path)])
+    old = tmp_path / 'old.json'
+    old.write_text('{"methods": {"sgd": {}}}')
+    with pytest.raises(configuration.ConfigError, match='older version'):
+        figures.load([str(old)])
 
 
 def test_costs_weigh_sampled_and_reuse_steps_within_a_round():

@@ -29,6 +29,8 @@ FIELDS = (
     'label_noise',
     'model',
     'models',
+    'quantization',
+    'init_from',
     'method',
     'methods',
     'optimizer',
@@ -44,7 +46,14 @@ FIELDS = (
 )
 PLANS = ('compare', 'tune')
 DISPATCHES = ('planned', 'traced')
-_UNCHANGED = dataclasses.asdict(Augmentation())
+# What has not always been a setting, as it was before: left out of what is known of a
+# run, so that runs from before stay what they are.
+_AS_BEFORE = {
+    'augmentation': dataclasses.asdict(Augmentation()),
+    'quantization': {'bits': 0},
+    'init_from': '',
+    'checkpoint_keep': 1,
+}
 
 
 class ConfigError(ValueError):
@@ -111,6 +120,11 @@ def check(config: Any) -> None:
     pick('config.dispatch', dict.fromkeys(DISPATCHES), config.dispatch)
     pick('config.method', config.methods, config.method)
     pick('config.model', config.models, config.model)
+    if not isinstance(config.init_from, str):
+        raise ConfigError(
+            'config.init_from must be the workdir of a finished run, or empty; got'
+            f' {config.init_from!r}.'
+        )
     integers = ('epochs', 'batch_size', 'log_every', 'eval_every', 'checkpoint_every')
     for name in (*integers, 'checkpoint_keep'):
         value, low = config[name], 0 if name == 'checkpoint_every' else 1
@@ -155,19 +169,18 @@ def of_run(config: Any) -> dict[str, Any]:
     run = {name: _plain(config[name]) for name in FIELDS}
     run['models'] = {config.model: run['models'][config.model]}
     run['methods'] = {config.method: run['methods'][config.method]}
-    # What is as it was before it could be chosen is left out, so that older runs
-    # stay valid.
-    if {**_UNCHANGED, **run['augmentation']} == _UNCHANGED:
-        del run['augmentation']
-    if run['checkpoint_keep'] == 1:
-        del run['checkpoint_keep']
+    for name, before in _AS_BEFORE.items():
+        value = run[name]
+        if isinstance(before, dict):
+            value = {**before, **value}
+        if value == before:
+            del run[name]
     return run
 
 
 def from_run(settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
     """The configuration of a run, from what :func:`of_run` gave of it."""
-    left_out = {'augmentation': _UNCHANGED, 'checkpoint_keep': 1}
-    return ml_collections.ConfigDict({**left_out, **settings})
+    return ml_collections.ConfigDict({**_AS_BEFORE, **settings})
 
 
 def _plain(value: Any) -> Any:

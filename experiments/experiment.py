@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 import vsam_jax
-from experiments import configuration, data, methods, models
+from experiments import configuration, data, methods, models, quantization, start
 from experiments.augmentation import Augmentation
 
 PyTree = Any
@@ -63,9 +63,17 @@ class Experiment:
     def __init__(self, config: Any, dataset: data.Dataset | None = None):
         configuration.check(config)
         self.dataset = data.load(config.data) if dataset is None else dataset
-        self.model = models.create(
+        network = models.create(
             config.model, config.models[config.model], self.dataset.num_classes
         )
+        self.model = configuration.call(
+            quantization.quantize,
+            'config.quantization',
+            config.quantization,
+            network=network,
+            image_shape=self.dataset.image_shape,
+        )
+        self._config = config
         self.augmentation = configuration.call(
             Augmentation, 'config.augmentation', config.augmentation
         )
@@ -102,8 +110,10 @@ class Experiment:
 
     def init(self, seed: int) -> RunState:
         """The state of step 0."""
-        image = jnp.zeros((1, *self.dataset.image_shape), jnp.float32)
-        variables = _init(self.model, _stream(seed, 0), image)
+        images = self.batch(self.dataset.train, self.epoch(seed, 0), 0)['image']
+        variables = start.variables(
+            self.model, _stream(seed, 0), images, self._config, seed
+        )
         return RunState.create(
             apply_fn=self.model.apply,
             params=variables['params'],
@@ -192,11 +202,6 @@ def _stream(seed: int, number: int) -> jax.Array:
     """A key of its own for each use that a run makes of its seed."""
     key = jax.random.key(seed, impl='threefry2x32')
     return jax.random.fold_in(key, number)
-
-
-@functools.partial(jax.jit, static_argnames='model')
-def _init(model: nn.Module, key: jax.Array, image: jax.Array) -> PyTree:
-    return model.init(key, image, train=False)
 
 
 def loss_of(

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 import vsam_jax
-from experiments import configuration
+from experiments import configuration, quantization
 from experiments.esam import ESAM
 from experiments.saf import SAF
 
@@ -113,8 +113,10 @@ def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
         name: ``config.method``.
         settings: ``config.methods[name]``, the arguments of the method; in
             ``optimizer`` it may have arguments of :func:`base_optimizer` of its own,
-            and ``stats_tensors`` stands for a ``stats_mask`` of the network's last
-            so many tensors (0: of all).
+            ``stats_tensors`` stands for a ``stats_mask`` of the network's last so
+            many tensors (0: of all), and ``perturb_step_sizes`` (True without it) set
+            to False for a ``perturb_mask`` that leaves the steps of a quantized
+            network where they are.
         optimizer: ``config.optimizer``, those that all methods share.
         task: what it is made for.
 
@@ -148,7 +150,10 @@ def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
         )
         return Method(base, (), make_step=saf.make_step, init_memory=saf.init_memory)
     direction, programs = _DIRECTIONS[name]
-    if 'stats_mask' in inspect.signature(direction).parameters:
+    allowed = inspect.signature(direction).parameters
+    if 'perturb_mask' in allowed and not settings.pop('perturb_step_sizes', True):
+        settings['perturb_mask'] = quantization.all_but_step_sizes
+    if 'stats_mask' in allowed:
         tensors = settings.pop('stats_tensors', 0)
         if tensors:
             settings['stats_mask'] = configuration.call(

@@ -53,6 +53,12 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
         'small_resnet': {'width': 16, 'blocks': 1, 'dtype': 'float32'},
     }
 
+    # 2, 3, 4 or 8: train weights and activations of so few bits; 0: full precision.
+    config.quantization = {'bits': 0}
+    # The workdir of a finished run whose network is trained on; {method} and {seed} in
+    # it stand for those of the run. Empty: from random weights.
+    config.init_from = ''
+
     config.method = 'vsam'
     config.methods = {
         'sgd': {},

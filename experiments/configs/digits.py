@@ -37,6 +37,12 @@ def get_config() -> ml_collections.ConfigDict:
         'small_resnet': {'width': 16, 'blocks': 1, 'dtype': 'float32'},
     }
 
+    # 2, 3, 4 or 8: train weights and activations of so few bits; 0: full precision.
+    config.quantization = {'bits': 0}
+    # The workdir of a finished run whose network is trained on; {method} and {seed} in
+    # it stand for those of the run. Empty: from random weights.
+    config.init_from = ''
+
     config.method = 'vsam'
     # Every method has the learning rate and the ρ that were best for it on the
     # validation examples, of those in config.tune below; what all of them gave

@@ -4,7 +4,8 @@ r"""Compares methods over several seeds: a table, figures, one JSON.
         --workdir=demo
 
 Runs that are finished already are not run again. Each method should have settings
-that suit it: ``python -m experiments.tune`` finds them. ``--shard=0/2`` makes every
+that suit it: ``python -m experiments.tune`` finds them, ``--tuning=tuning.json`` takes
+those that it found. ``--shard=0/2`` makes every
 second run alone and no report: start one process for each core or accelerator, then
 the whole once more, which finds all runs finished.
 """
@@ -12,7 +13,7 @@ the whole once more, which finds all runs finished.
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from experiments import (
     shards,
     tables,
     timing,
+    tune,
 )
 from experiments.experiment import Experiment
 from experiments.methods import TITLES
@@ -57,6 +59,7 @@ def compare(
     seeds: Sequence[int],
     timing_rounds: int,
     timing_steps: int,
+    chosen: Mapping[str, Mapping[str, Any]] | None = None,
     shard: Shard | None = None,
 ) -> dict[str, Any]:
     """Runs methods × seeds and measures what a step of each costs.
@@ -68,6 +71,8 @@ def compare(
         seeds: the seeds of each method.
         timing_rounds: how often each kind of step is timed.
         timing_steps: how many steps are timed at once.
+        chosen: by method, settings that are its own: dotted paths in the
+            configuration and values, as in ``tuning.json``.
         shard: which runs are made; a part makes no report.
 
     Returns:
@@ -81,11 +86,15 @@ def compare(
             f' {list(methods)} and seeds {list(seeds)}.'
         )
     dataset = data.load(config.data)
-    experiments = {
-        method: Experiment(
-            configuration.with_values(config, {'method': method}), dataset
+    chosen = chosen or {}
+    settings = {
+        method: configuration.with_values(
+            config, {'method': method, **chosen.get(method, {})}
         )
         for method in methods
+    }
+    experiments = {
+        method: Experiment(setting, dataset) for method, setting in settings.items()
     }
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     steps = sum(each.num_steps for each in experiments.values()) * len(seeds)
@@ -98,9 +107,7 @@ def compare(
                 bar.advance(done * experiment.num_steps - bar.done)
                 if not shard.holds(done):
                     continue
-                run = configuration.with_values(
-                    config, {'method': method, 'seed': seed}
-                )
+                run = configuration.with_values(settings[method], {'seed': seed})
                 runs[method].append(
                     train(
                         run,
@@ -113,7 +120,7 @@ def compare(
         if not shard.whole:
             return {}
         bar.note('time per step')
-        times = _timing(path, config, experiments, timing_rounds, timing_steps)
+        times = _timing(path, settings, experiments, timing_rounds, timing_steps)
 
     baseline = methods[0]
     summary = {
@@ -123,6 +130,7 @@ def compare(
             method: _summarize(method, runs, times, baseline) for method in methods
         },
         'timing': times,
+        'chosen': {method: dict(values) for method, values in chosen.items()},
         'config': configuration.plain(config),
         'command': results.command(),
         **results.environment(),
@@ -149,19 +157,20 @@ class _Titled(progress.Bar):
 
 def _timing(
     path: pathlib.Path,
-    config: Any,
+    configs: dict[str, Any],
     experiments: dict[str, Experiment],
     rounds: int,
     steps: int,
 ) -> dict[str, Any]:
     """Seconds per step of each program of each method, round by round."""
     settings = {
-        method: configuration.of_run(
-            configuration.with_values(config, {'method': method})
-        )
-        for method in experiments
+        'rounds': rounds,
+        'steps': steps,
+        'runs': {
+            method: results.jsonable(configuration.of_run(config))
+            for method, config in configs.items()
+        },
     }
-    settings = {'rounds': rounds, 'steps': steps, 'runs': results.jsonable(settings)}
     file = path / TIMING
     if file.exists():
         saved = json.loads(file.read_text())
@@ -169,7 +178,8 @@ def _timing(
             return saved
     chunks = {}
     for method, experiment in experiments.items():
-        programs = experiment.method.programs if config.dispatch == 'planned' else ()
+        planned = configs[method].dispatch == 'planned'
+        programs = experiment.method.programs if planned else ()
         for sample in programs or (None,):
             name = {None: 'step', True: 'sampled', False: 'reuse'}[sample]
             chunks[f'{method}/{name}'] = timing.training_chunk(
@@ -292,12 +302,15 @@ def main(arguments: Sequence[str]) -> None:
     with configuration.usage(arguments):
         configuration.check(config)
         shard = shards.parse(flags.FLAGS.shard)
+        file = flags.FLAGS.tuning
+        chosen = tune.load_chosen(file, config.name) if file else None
         summary = configuration.call(
             compare,
             'config.compare',
             config.compare,
             config=config,
             workdir=path,
+            chosen=chosen,
             shard=shard,
         )
     if not summary:
@@ -313,4 +326,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    configuration.run(main, shards.define_flag)
+    configuration.run(
+        main,
+        shards.define_flag,
+        lambda: flags.DEFINE_string(
+            'tuning', '', 'The tuning.json whose settings each method takes.'
+        ),
+    )

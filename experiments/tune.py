@@ -6,6 +6,7 @@ Judged on the validation examples, with seeds that are reported nowhere. Runs th
 finished already are not run again; ``--shard=0/2`` makes every second run alone.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,33 @@ def _judged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         'sampling_rate': rate['mean'],
         'training_loss': loss['mean'],
     }
+
+
+def load_chosen(file: str | os.PathLike, name: str) -> dict[str, dict[str, Any]]:
+    """What tuning chose for each method.
+
+    Args:
+        file: a ``tuning.json``.
+        name: ``config.name`` of the runs that the settings are for.
+
+    Returns:
+        By method, dotted paths in the configuration and their values.
+
+    Raises:
+        ConfigError: if the file is none, or of another configuration.
+    """
+    try:
+        tuning = json.loads(pathlib.Path(file).read_text())
+        tuned, chosen = tuning['name'], tuning['chosen']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise configuration.ConfigError(
+            f'tuning must be a file of experiments.tune, got {str(file)!r}: {error!r}.'
+        ) from error
+    if tuned != name:
+        raise configuration.ConfigError(
+            f'tuning must be of {name!r}, but {file} is of {tuned!r}.'
+        )
+    return chosen
 
 
 def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -673,6 +673,33 @@ def test_shards_make_each_run_once_and_a_whole_finds_them_finished(config, tmp_p
     assert {file: file.stat().st_mtime_ns for file in made} == made
 
 
+def test_methods_take_what_tuning_chose_for_them(config, tmp_path):
+    file = tmp_path / 'tuning.json'
+    chosen = {'sgd': {'optimizer.learning_rate': 0.02}, 'sam': {'methods.sam.rho': 0.3}}
+    file.write_text(json.dumps({'name': config.name, 'chosen': chosen}))
+    assert tune.load_chosen(file, config.name) == chosen
+    with pytest.raises(configuration.ConfigError, match="must be of 'x', but"):
+        tune.load_chosen(file, 'x')
+    with pytest.raises(configuration.ConfigError, match='a file of experiments'):
+        tune.load_chosen(tmp_path / 'none.json', config.name)
+    summary = compare.compare(
+        changed(config, epochs=2),
+        tmp_path,
+        methods=('sgd', 'sam'),
+        seeds=(0,),
+        timing_rounds=1,
+        timing_steps=1,
+        chosen=chosen,
+    )
+    assert summary['methods']['sam']['settings']['rho'] == 0.3
+    runs = {
+        method: json.loads((tmp_path / method / 'seed0' / 'result.json').read_text())
+        for method in chosen
+    }
+    rates = [run['config']['optimizer']['learning_rate'] for run in runs.values()]
+    assert rates == [0.02, config.optimizer.learning_rate]
+
+
 @pytest.mark.parametrize('text', ['2/2', '1', '-1/2', 'a/b', '0/0'])
 def test_a_shard_that_is_none_says_what_is_allowed(text):
     with pytest.raises(configuration.ConfigError, match=f"index/count .*got '{text}'"):

@@ -1,8 +1,8 @@
-"""Data sets that live on the device, and the batches of an epoch.
+"""Data sets that live on the devices, and the batches of an epoch.
 
 Images stay uint8 on the device; shuffling, augmentation and normalisation run
 there too. What is random is a function of keys alone: the batches of an epoch
-follow from (seed, epoch), whatever ran before.
+follow from (seed, epoch), whatever ran before, and however many devices there are.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from sklearn import datasets
 from experiments import augmentation as augmentations
 from experiments import configuration, tfds_data
 from experiments.augmentation import Augmentation, normalize
+from experiments.devices import Devices
 
 
 class Epoch(NamedTuple):
@@ -32,21 +33,44 @@ class Epoch(NamedTuple):
     key: jax.Array
 
 
-class Split(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=('images', 'labels'),
+    meta_fields=('devices',),
+)
+@dataclasses.dataclass(frozen=True)
+class Split:
     """Examples of one purpose.
 
     Attributes:
-        images: uint8 array [N, height, width, channels].
+        images: uint8 array [N, height, width, channels]; where it is on devices,
+            each has its share, and black images make the shares equal.
         labels: int32 array [N].
+        devices: the devices that the arrays are on; None on the host.
     """
 
-    images: jax.Array
-    labels: jax.Array
+    images: jax.Array | np.ndarray
+    labels: jax.Array | np.ndarray
+    devices: Devices | None = None
 
     @property
     def size(self) -> int:
         """N."""
         return self.labels.shape[0]
+
+    def on(self, devices: Devices) -> 'Split':
+        """This split on devices; itself if it is there."""
+        if self.devices == devices:
+            return self
+        images, labels = np.asarray(self.images)[: self.size], np.asarray(self.labels)
+        return Split(devices.share(images), devices.replicate(labels), devices)
+
+    def take(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images and labels of some examples: the number of devices divides theirs."""
+        images, labels = jnp.asarray(self.images), jnp.asarray(self.labels)
+        if self.devices is None:
+            return images[rows], labels[rows]
+        return self.devices.take(images, rows), self.devices.spread(labels[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +101,27 @@ class Dataset:
 
     def with_label_noise(self, share: float, seed: int) -> 'Dataset':
         """This data set with some training labels wrong, the others untouched."""
-        labels = flip_labels(
-            np.asarray(self.train.labels), share, self.num_classes, seed
+        split = self.train
+        labels = flip_labels(np.asarray(split.labels), share, self.num_classes, seed)
+        if split.devices is not None:
+            labels = split.devices.replicate(labels)
+        return dataclasses.replace(
+            self, train=dataclasses.replace(split, labels=labels)
         )
-        train = self.train._replace(labels=jnp.asarray(labels, jnp.int32))
-        return dataclasses.replace(self, train=train)
+
+    def on(self, devices: Devices) -> 'Dataset':
+        """This data set on devices; itself if it is there."""
+        if self.train.devices == devices:
+            return self
+        mean, std = np.asarray(self.mean), np.asarray(self.std)
+        return dataclasses.replace(
+            self,
+            train=self.train.on(devices),
+            validation=self.validation.on(devices),
+            test=self.test.on(devices),
+            mean=devices.replicate(mean),
+            std=devices.replicate(std),
+        )
 
 
 def flip_labels(
@@ -258,7 +298,7 @@ def _split(
     ends = np.cumsum(list(sizes.values()))
     parts = np.split(order[: ends[-1]], ends[:-1])
     return {
-        name: Split(jnp.asarray(images[part]), jnp.asarray(labels[part], jnp.int32))
+        name: Split(images[part], labels[part].astype(np.int32))
         for name, part in zip(sizes, parts, strict=True)
     }
 
@@ -319,11 +359,21 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
 }
 
 
-def load(settings: Any) -> Dataset:
-    """The data set that ``config.data`` describes: its name and its arguments."""
+def load(settings: Any, devices: Devices | None = None) -> Dataset:
+    """The data set that ``config.data`` describes: its name and its arguments.
+
+    Args:
+        settings: ``config.data``.
+        devices: where it is put, the first device if that is None. Each process
+            reads all of it into its memory, and sends devices their shares.
+
+    Returns:
+        The data set, with true labels.
+    """
     arguments = dict(settings)
     source = configuration.pick('config.data.name', SOURCES, arguments.pop('name', ''))
-    return configuration.call(source, 'config.data', arguments)
+    dataset = configuration.call(source, 'config.data', arguments)
+    return dataset.on(devices or Devices.first(1))
 
 
 # --- Batches ------------------------------------------------------------------
@@ -397,10 +447,11 @@ def take_batch(
 
     Returns:
         ``image`` [batch size, …] in float32, ``label`` [batch size], and
-        ``index`` [batch size], the place of each example in the split.
+        ``index`` [batch size], the place of each example in the split. Of the first
+        two each of the split's devices has its share.
     """
     rows = order[index]
-    images = split.images[rows]
+    images, labels = split.take(rows)
     if augmentation is None:
         images = normalize(images, mean, std)
     elif key is None:
@@ -409,4 +460,4 @@ def take_batch(
         images = augmentations.augment(
             augmentation, jax.random.fold_in(key, index), images, mean, std
         )
-    return {'image': images, 'label': split.labels[rows], 'index': rows}
+    return {'image': images, 'label': labels, 'index': rows}

@@ -14,6 +14,7 @@ import optax
 import vsam_jax
 from experiments import configuration, data, methods, models, quantization, start
 from experiments.augmentation import Augmentation
+from experiments.devices import Devices
 
 PyTree = Any
 
@@ -46,9 +47,12 @@ class Experiment:
     Args:
         config: a configuration, see :mod:`experiments.configuration`.
         dataset: the data set of ``config.data``, if it is loaded already.
+        num_devices: how many devices are trained on, 0 for all; several processes
+            train on all of theirs.
 
     Attributes:
-        dataset: the data set, with true labels.
+        devices: the devices.
+        dataset: the data set, with true labels, on the devices.
         model: the network.
         augmentation: how training images are changed at random.
         method: the optimizer and what goes with it.
@@ -60,9 +64,22 @@ class Experiment:
         compile_seconds: the time that compilation took, by program.
     """
 
-    def __init__(self, config: Any, dataset: data.Dataset | None = None):
+    def __init__(
+        self,
+        config: Any,
+        dataset: data.Dataset | None = None,
+        num_devices: int = 1,
+    ):
         configuration.check(config)
-        self.dataset = data.load(config.data) if dataset is None else dataset
+        self.devices = Devices.first(num_devices)
+        if config.batch_size % self.devices.count:
+            raise configuration.ConfigError(
+                'config.batch_size must be a multiple of the number of devices,'
+                f' {self.devices.count}, got {config.batch_size}.'
+            )
+        if dataset is None:
+            dataset = data.load(config.data, self.devices)
+        self.dataset = dataset.on(self.devices)
         network = models.create(
             config.model, config.models[config.model], self.dataset.num_classes
         )
@@ -97,15 +114,17 @@ class Experiment:
                 ),
             ),
         )
+        loss_fn = loss_of(self.model, config.label_smoothing)
         train_step = _recorded(
-            self.method.make_step(loss_of(self.model, config.label_smoothing)),
+            self.method.make_step(_spread(loss_fn, self.devices)),
             has_plan=bool(self.method.programs),
         )
+        shardings = (self.devices.whole, None)
         self.step: Any
         if self.method.programs and config.dispatch == 'planned':
-            self.step = vsam_jax.PlannedStep(train_step)
+            self.step = vsam_jax.PlannedStep(train_step, out_shardings=shardings)
         else:
-            self.step = jax.jit(train_step, donate_argnums=0)
+            self.step = jax.jit(train_step, donate_argnums=0, out_shardings=shardings)
         self.compile_seconds: dict[str, float] = {}
 
     def init(self, seed: int) -> RunState:
@@ -114,7 +133,7 @@ class Experiment:
         variables = start.variables(
             self.model, _stream(seed, 0), images, self._config, seed
         )
-        return RunState.create(
+        state = RunState.create(
             apply_fn=self.model.apply,
             params=variables['params'],
             batch_stats=variables.get('batch_stats'),
@@ -122,6 +141,7 @@ class Experiment:
             record=jnp.zeros((self.rows, len(COLUMNS)), jnp.float32),
             memory=self.method.init_memory(),
         )
+        return self.devices.replicate(state)
 
     def epoch(self, seed: int, epoch: int) -> data.Epoch:
         """What the batches of an epoch follow from, a function of both numbers."""
@@ -131,7 +151,8 @@ class Experiment:
             num_examples=self.dataset.train.size,
             batch_size=self.batch_size,
         )
-        return data.Epoch(order, data.epoch_key(_stream(seed, 2), epoch))
+        key = data.epoch_key(_stream(seed, 2), epoch)
+        return self.devices.replicate(data.Epoch(order, key))
 
     def batch(self, split: data.Split, epoch: data.Epoch, index: int) -> PyTree:
         """One batch of an epoch; all epochs have the same number of them."""
@@ -193,7 +214,7 @@ class Experiment:
             totals[name] = sum(parts[1:], parts[0])
         return {
             f'{name}_{quantity}': float(total) / splits[name].size
-            for name, pair in jax.device_get(totals).items()
+            for name, pair in jax.device_get(self.devices.replicate(totals)).items()
             for quantity, total in zip(('accuracy', 'loss'), pair, strict=True)
         }
 
@@ -244,6 +265,15 @@ def loss_of(
     return loss_fn
 
 
+def _spread(loss_fn: Callable[..., Any], devices: Devices) -> Callable[..., Any]:
+    """The same loss, of which each device computes its share of the examples."""
+
+    def spread_loss(params: PyTree, batch_stats: PyTree, batch: Any, key: Any, /):
+        return loss_fn(params, batch_stats, devices.spread(batch), key)
+
+    return spread_loss
+
+
 def smooth_labels(labels: jax.Array, num_classes: int, share: float) -> jax.Array:
     """One-hot labels of which ``share`` is spread evenly over the other classes."""
     one_hot = jax.nn.one_hot(labels, num_classes)
@@ -275,12 +305,15 @@ def _evaluate_part(
     start: jax.Array | int,
 ) -> jax.Array:
     """How many examples from ``start`` on are right, and the sum of their losses."""
-    rows = start + jnp.arange(min(_EVALUATION_BATCH, split.size))
-    counts = rows < split.size
-    rows = jnp.minimum(rows, split.size - 1)
-    images = data.normalize(split.images[rows], mean, std)
+    num_devices = 1 if split.devices is None else split.devices.count
+    length = min(_EVALUATION_BATCH, split.size)
+    # So that each device gets the same number of them.
+    length += -length % num_devices
+    rows = start + jnp.arange(length)
+    counts = rows < jnp.minimum(start + _EVALUATION_BATCH, split.size)
+    images, labels = split.take(jnp.minimum(rows, split.size - 1))
+    images = data.normalize(images, mean, std)
     logits = jnp.asarray(model.apply(variables, images, train=False))
-    labels = split.labels[rows]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     right = logits.argmax(-1) == labels
     return jnp.stack([jnp.sum(right * counts), jnp.sum(losses * counts)])

@@ -4,6 +4,16 @@ Use it so, ``--config.x=1`` overrides a field of the configuration:
 
     python -m experiments.train --config=experiments/configs/digits.py \
         --config.method=vsam --workdir=runs/vsam
+
+It trains on all devices that jax finds, or on ``--num_devices`` of them; the batch
+size must be a multiple of their number. On several hosts start it on each, with
+``--distributed`` and a workdir that all of them see: on TPU pods and under Slurm,
+Open MPI or Kubernetes jax finds out who takes part; elsewhere say so, with another
+``--process_id`` on each host, 0 on the one that is named:
+
+    --coordinator=HOST:PORT --num_processes=2 --process_id=0
+
+The run is the same, to rounding, on any number of devices.
 """
 
 import contextlib
@@ -19,7 +29,7 @@ import numpy as np
 from absl import flags
 
 import vsam_jax
-from experiments import configuration, progress, results
+from experiments import configuration, devices, progress, results
 from experiments.experiment import COLUMNS, Experiment, RunState
 
 
@@ -29,11 +39,13 @@ def train(
     *,
     experiment: Experiment | None = None,
     bar: progress.Bar | None = None,
+    num_devices: int = 1,
 ) -> dict[str, Any]:
     """Runs a configuration, unless its result is there already.
 
     A run that was interrupted goes on from its last complete checkpoint, and ends
-    as it would have without the interruption.
+    as it would have without the interruption. With several processes all of them
+    call this; the files are read and written by the first one.
 
     Args:
         config: the configuration, see :mod:`experiments.configuration`.
@@ -42,6 +54,7 @@ def train(
         experiment: the compiled programs of another run that differs in nothing
             but the seed; None makes new ones.
         bar: what the steps are reported to; None shows a bar of its own.
+        num_devices: what a new :class:`Experiment` is made with; 0 for all devices.
 
     Returns:
         The content of ``result.json``.
@@ -51,31 +64,41 @@ def train(
             written, or one that holds a run with other settings.
     """
     configuration.check(config)
-    path = results.open_workdir(workdir)
+    path = pathlib.Path(workdir)
     settings = configuration.of_run(config)
-    result = results.finished(path, settings)
+    result = devices.on_first(
+        lambda: results.finished(results.open_workdir(path), settings)
+    )
     if result is not None:
         return result
     if experiment is None:
-        experiment = Experiment(config)
-    if bar is None:
-        title = f'{config.name} {config.method} seed {config.seed}'
-        with progress.bar(experiment.num_steps, title) as shown:
-            measured = _run(experiment, config, path, shown)
-    else:
+        experiment = Experiment(config, num_devices=num_devices)
+    with contextlib.ExitStack() as stack:
+        if bar is None:
+            title = f'{config.name} {config.method} seed {config.seed}'
+            bar = progress.Bar()
+            if devices.is_first():
+                shown = progress.bar(experiment.num_steps, title)
+                bar = stack.enter_context(shown)
         measured = _run(experiment, config, path, bar)
-    result = {
-        'name': config.name,
-        'method': config.method,
-        'model': config.model,
-        'seed': config.seed,
-        **measured,
-        'config': settings,
-        'command': results.command(),
-        **results.environment(),
-    }
-    results.write_json(path / results.RESULT, result)
-    return results.jsonable(result)
+
+    def write() -> dict[str, Any]:
+        result = {
+            'name': config.name,
+            'method': config.method,
+            'model': config.model,
+            'seed': config.seed,
+            **measured,
+            'num_devices': experiment.devices.count,
+            'num_processes': jax.process_count(),
+            'config': settings,
+            'command': results.command(),
+            **results.environment(),
+        }
+        results.write_json(path / results.RESULT, result)
+        return results.jsonable(result)
+
+    return devices.on_first(write)
 
 
 def _run(
@@ -90,11 +113,9 @@ def _run(
         state = checkpoints.restore(state)
         step = interval_start = int(state.step)
         bar.advance(step)
-        log = results.Lines(path / results.LOG, keep=step)
-        trace = results.Lines(path / results.TRACE, keep=step)
-        events = stack.enter_context(
-            results.Events(path / results.TENSORBOARD, log.entries)
-        )
+        records = _Records(path, step) if devices.is_first() else None
+        if records is not None:
+            stack.enter_context(records)
 
         start = time.perf_counter()
         for epoch in range(step // experiment.steps_per_epoch, config.epochs):
@@ -124,18 +145,49 @@ def _run(
             if evaluates:
                 entry |= experiment.evaluate(state)
                 bar.note(_describe(entry))
-            trace.append({'step': step, **numbers})
-            log.append(entry)
-            events.append(entry)
+            if records is not None:
+                records.append(entry, numbers)
             if saves:
                 checkpoints.save(step, state)
             interval_start, start = step, time.perf_counter()
-    return _measured(experiment, state, log.entries)
+    counts = experiment.counts(state)
+    return _measured(experiment, state, counts, records.entries) if records else {}
 
 
 def _is_due(every: int, epoch: int, epochs: int | None = None) -> bool:
     """Whether this epoch is one of ``every``, or the last one; 0 means never."""
     return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
+
+
+class _Records:
+    """The files that numbers of a run are written to while it goes on.
+
+    Args:
+        path: the workdir.
+        keep: how many steps of what an interrupted run wrote stay.
+    """
+
+    def __init__(self, path: pathlib.Path, keep: int):
+        self._log = results.Lines(path / results.LOG, keep=keep)
+        self._trace = results.Lines(path / results.TRACE, keep=keep)
+        self._events = results.Events(path / results.TENSORBOARD, self.entries)
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """Those of the log."""
+        return self._log.entries
+
+    def __enter__(self) -> '_Records':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._events.__exit__(*error)
+
+    def append(self, entry: dict[str, Any], numbers: dict[str, np.ndarray]) -> None:
+        """Writes the numbers of an interval and those of each of its steps."""
+        self._trace.append({'step': entry['step'], **numbers})
+        self._log.append(entry)
+        self._events.append(entry)
 
 
 class _Checkpoints:
@@ -218,7 +270,10 @@ def _judge(entry: dict[str, Any]) -> str:
 
 
 def _measured(
-    experiment: Experiment, state: RunState, log: list[dict[str, Any]]
+    experiment: Experiment,
+    state: RunState,
+    counts: dict[str, int],
+    log: list[dict[str, Any]],
 ) -> dict[str, Any]:
     evaluations = [entry for entry in log if 'test_accuracy' in entry]
     last = evaluations[-1]
@@ -226,7 +281,6 @@ def _measured(
     best = max(evaluations, key=lambda entry: entry[f'{judge}_accuracy'])
     seconds = sum(entry['seconds'] for entry in log)
     steps = last['step']
-    counts = experiment.counts(state)
     return {
         'steps': steps,
         'epochs': last['epoch'],
@@ -253,8 +307,14 @@ def _measured(
 
 def main(arguments: Sequence[str]) -> None:
     """Runs what the flags say."""
+    options = flags.FLAGS
+    processes = (options.coordinator, options.num_processes, options.process_id)
     with configuration.usage(arguments):
-        result = train(flags.FLAGS.config, flags.FLAGS.workdir)
+        if options.distributed or any(value is not None for value in processes):
+            devices.start(*processes)
+        result = train(options.config, options.workdir, num_devices=options.num_devices)
+    if not devices.is_first():
+        return
     print(
         f'{result["name"]} {result["method"]} seed {result["seed"]}:'
         f' test accuracy {result["test_accuracy"]:.2%} after {result["steps"]} steps'
@@ -263,8 +323,18 @@ def main(arguments: Sequence[str]) -> None:
         f' {result["images_per_second"]:,.0f} images/s,'
         f' sampling rate {result["sampling_rate"]:.2f}'
     )
-    print(f'written to {pathlib.Path(flags.FLAGS.workdir) / results.RESULT}')
+    print(f'written to {pathlib.Path(options.workdir) / results.RESULT}')
+
+
+def define_flags() -> None:
+    """Which devices and processes take part."""
+    flags.DEFINE_integer('num_devices', 0, 'How many devices are used; 0 for all.')
+    flags.DEFINE_bool('distributed', False, 'Join the other processes of the run.')
+    unknown = ', where jax does not know the cluster.'
+    flags.DEFINE_string('coordinator', None, f'HOST:PORT of process 0{unknown}')
+    flags.DEFINE_integer('num_processes', None, f'How many there are{unknown}')
+    flags.DEFINE_integer('process_id', None, f'Which one this is, from 0 on{unknown}')
 
 
 if __name__ == '__main__':
-    configuration.run(main)
+    configuration.run(main, define_flags)

@@ -9,7 +9,7 @@ NEWEST_PYTHON ?= python3.12
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 
-.PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench clean
+.PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench paper clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
@@ -71,6 +71,25 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 
 bench: .venv-demo/.ready ## cost of one step as a multiple of SGD's
 	$(DEMO)/python -m experiments.benchmark --output=experiments/results/benchmark.json
+
+# Overridden for a trial: make paper MODELS=small_resnet OPTIONS='--config.epochs=1 ...'
+MODELS ?= resnet18 wide_resnet
+CONFIG ?= experiments/configs/cifar100.py:short
+RUNS ?= runs/paper
+OPTIONS ?=
+PAPER_PYTHON ?= $(DEMO)/python
+
+# Goes on where it was when it is started again, whatever ended it.
+paper: .venv-demo/.ready ## CIFAR-100 on an accelerator: tuning, six methods, Figures 1 and 2
+	for model in $(MODELS); do \
+	  work=$(RUNS)/$$model; \
+	  common="--config=$(CONFIG) --config.model=$$model $(OPTIONS)"; \
+	  $(PAPER_PYTHON) -m experiments.tune $$common --workdir=$$work/tuning && \
+	  $(PAPER_PYTHON) -m experiments.compare $$common --workdir=$$work \
+	    --tuning=$$work/tuning/tuning.json || exit 1; \
+	done
+	$(PAPER_PYTHON) -m experiments.figures --workdir=$(RUNS) \
+	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
 
 clean: ## removes what the others made
 	rm -rf .venv-test .venv-demo .venv-oldest .venv-newest build demo runs

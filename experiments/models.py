@@ -111,10 +111,14 @@ def _resnet50(num_classes: int, width: int = 64, dtype: str = 'float32') -> nn.M
 
 
 def _wide_resnet(
-    num_classes: int, depth: int = 28, width: int = 10, dtype: str = 'float32'
+    num_classes: int,
+    depth: int = 28,
+    width: int = 10,
+    stem_stride: int = 1,
+    dtype: str = 'float32',
 ) -> nn.Module:
     _check_depth(depth, 4)
-    return WideResNet(num_classes, depth, width, jnp.dtype(dtype))
+    return WideResNet(num_classes, depth, width, stem_stride, jnp.dtype(dtype))
 
 
 def _pyramidnet(
@@ -122,10 +126,11 @@ def _pyramidnet(
     depth: int = 110,
     alpha: int = 270,
     width: int = 16,
+    stem_stride: int = 1,
     dtype: str = 'float32',
 ) -> nn.Module:
     _check_depth(depth, 2)
-    return PyramidNet(num_classes, depth, alpha, width, jnp.dtype(dtype))
+    return PyramidNet(num_classes, depth, alpha, width, stem_stride, jnp.dtype(dtype))
 
 
 def _mobilenet(num_classes: int, width: int = 32, dtype: str = 'float32') -> nn.Module:

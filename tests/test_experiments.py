@@ -834,6 +834,24 @@ def test_the_configurations_of_cifar_are_the_published_recipe(config, num_classe
     assert config.optimizer.weight_decay == 1e-3
 
 
+def test_the_short_schedule_differs_in_what_it_says():
+    config: Any = cifar100.get_config('short')
+    configuration.check(config)
+    changes = configuration.differences(
+        configuration.plain(cifar100.get_config()), configuration.plain(config)
+    )
+    names = {change.split(' is ')[0] for change in changes}
+    assert names == {
+        'config.name',
+        'config.epochs',
+        'config.data.validation',
+        'config.compare.methods',
+        *(f'config.models.{model}.dtype' for model in config.models),
+    }
+    with pytest.raises(ValueError, match="published, short; got 'x'"):
+        cifar100.get_config('x')
+
+
 @pytest.mark.parametrize('regime', cifar100_small.REGIMES)
 def test_the_small_configurations_are_complete(regime):
     config: Any = cifar100_small.get_config(regime)

@@ -42,6 +42,7 @@ class PyramidNet(nn.Module):
         depth: how many layers there are, 6 n + 2.
         alpha: how many channels the last block has more than the stem.
         width: channels of the stem.
+        stem_stride: of the first convolution.
         dtype: what convolutions compute in.
     """
 
@@ -49,13 +50,15 @@ class PyramidNet(nn.Module):
     depth: int = 110
     alpha: int = 270
     width: int = 16
+    stem_stride: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Logits [batch, classes] of images [batch, height, width, channels]."""
         blocks = (self.depth - 2) // 6
-        x = norm(train)(conv(self.width, dtype=self.dtype)(x))
+        x = conv(self.width, stride=self.stem_stride, dtype=self.dtype)(x)
+        x = norm(train)(x)
         for number in range(3 * blocks):
             stride = 2 if number and number % blocks == 0 else 1
             features = self.width + round(self.alpha * (number + 1) / (3 * blocks))

@@ -35,18 +35,20 @@ class WideResNet(nn.Module):
         num_classes: the number of logits.
         depth: how many layers there are, 6 n + 4.
         width: the channels of the first stage, in sixteens.
+        stem_stride: of the first convolution.
         dtype: what convolutions compute in.
     """
 
     num_classes: int
     depth: int = 28
     width: int = 10
+    stem_stride: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Logits [batch, classes] of images [batch, height, width, channels]."""
-        x = conv(16, dtype=self.dtype)(x)
+        x = conv(16, stride=self.stem_stride, dtype=self.dtype)(x)
         for stage in range(3):
             for number in range((self.depth - 4) // 6):
                 stride = 2 if stage and not number else 1

@@ -17,6 +17,7 @@ help:
 # A virtual environment per extra, made anew when its requirements change.
 .venv-test/.ready: EXTRA = dev
 .venv-demo/.ready: EXTRA = experiments
+.venv-paper/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 .venv-%/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else \
 	  "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
@@ -77,19 +78,21 @@ MODELS ?= resnet18 wide_resnet
 CONFIG ?= experiments/configs/cifar100.py:short
 RUNS ?= runs/paper
 OPTIONS ?=
-PAPER_PYTHON ?= $(DEMO)/python
+# cuda12, cuda13 or tpu; nothing for the CPU.
+ACCELERATOR ?=
+PAPER := .venv-paper/bin
 
 # Goes on where it was when it is started again, whatever ended it.
-paper: .venv-demo/.ready ## CIFAR-100 on an accelerator: tuning, six methods, Figures 1 and 2
+paper: .venv-paper/.ready ## CIFAR-100 on an accelerator: tuning, six methods, Figures 1 and 2
 	for model in $(MODELS); do \
 	  work=$(RUNS)/$$model; \
 	  common="--config=$(CONFIG) --config.model=$$model $(OPTIONS)"; \
-	  $(PAPER_PYTHON) -m experiments.tune $$common --workdir=$$work/tuning && \
-	  $(PAPER_PYTHON) -m experiments.compare $$common --workdir=$$work \
+	  $(PAPER)/python -m experiments.tune $$common --workdir=$$work/tuning && \
+	  $(PAPER)/python -m experiments.compare $$common --workdir=$$work \
 	    --tuning=$$work/tuning/tuning.json || exit 1; \
 	done
-	$(PAPER_PYTHON) -m experiments.figures --workdir=$(RUNS) \
+	$(PAPER)/python -m experiments.figures --workdir=$(RUNS) \
 	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
 
 clean: ## removes what the others made
-	rm -rf .venv-test .venv-demo .venv-oldest .venv-newest build demo runs
+	rm -rf .venv-test .venv-demo .venv-paper .venv-oldest .venv-newest build demo runs

@@ -21,14 +21,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).parent / 'results'
 
 
-def _digits() -> str:
-    summary = _load('digits/compare.json')
-    seeds = len(summary['methods']['sgd']['seeds'])
-    versions = summary['versions']
+def _comparison(folder: str) -> str:
+    summary = _load(f'{folder}/compare.json')
+    seeds = len(summary['methods'][summary['baseline']]['seeds'])
+    # Results from before there were differences have none.
+    paired = all('differences' in row for row in summary['methods'].values())
+    differences = tables.markdown(*tables.of_differences(summary)) if paired else ''
     return (
         tables.markdown(*tables.of_comparison(summary))
-        + f'\n{tables.FOOTNOTE} Mean ± sd of {seeds} seeds; {_device(summary)}, jax'
-        f' {versions["jax"]}.'
+        + (f'\n{differences}' if paired else '')
+        + f'\n{tables.FOOTNOTE}{tables.DIFFERENCES if paired else ""} Mean ± sd of'
+        f' {seeds} seeds; {_device(summary)}, jax {summary["versions"]["jax"]}.'
         f' Command: `{summary["command"]}`.\n'
     )
 
@@ -59,7 +62,12 @@ def _benchmark() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {'digits': _digits, 'benchmark': _benchmark}
+TABLES: dict[str, Callable[[], str]] = {
+    'digits': lambda: _comparison('digits'),
+    'noisy': lambda: _comparison('cifar100_small/noisy'),
+    'underfitted': lambda: _comparison('cifar100_small/underfitted'),
+    'benchmark': _benchmark,
+}
 
 
 def _load(name: str) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """What a run starts from: random weights, or those that another run ended with."""
 
 import functools
-import json
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 from flax import traverse_util
 
-from experiments import configuration, quantization, results
+from experiments import configuration, finished, quantization
 
 PyTree = Any
+T = TypeVar('T')
 
 
 def variables(
@@ -52,7 +53,7 @@ def variables(
     _check_network(path, {config.model: config.models[config.model]})
     fresh = jax.eval_shape(functools.partial(_at_random, model), key, images)
     wanted = _without_step_sizes(fresh)
-    found = _read(path, wanted)
+    found = _ours(finished.variables, path, wanted)
     differs = jax.tree.leaves(
         jax.tree_util.tree_map_with_path(_difference, found, wanted)
     )
@@ -87,13 +88,7 @@ def _at_random(model: nn.Module, key: jax.Array, images: jax.Array) -> PyTree:
 
 def _check_network(path: pathlib.Path, settings: Any) -> None:
     """Raises ConfigError unless a run in ``path`` trained such a network."""
-    try:
-        theirs = json.loads((path / results.RESULT).read_text())['config']['models']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise configuration.ConfigError(
-            'config.init_from must be the workdir of a finished run, got'
-            f' {str(path)!r}: {error}.'
-        ) from error
+    theirs = _ours(finished.result_of, path)['config']['models']
     without_dtype = lambda models: {
         name: {key: value for key, value in dict(model).items() if key != 'dtype'}
         for name, model in models.items()
@@ -108,29 +103,12 @@ def _check_network(path: pathlib.Path, settings: Any) -> None:
         )
 
 
-def _read(path: pathlib.Path, like: PyTree) -> PyTree:
-    """Those arrays of the last checkpoint that ``like`` names, if they are there."""
-    # Takes seconds to import.
-    import orbax.checkpoint as ocp
-
-    directory = (path / results.CHECKPOINTS).absolute()
-    step = None
-    if directory.is_dir():
-        with ocp.CheckpointManager(directory) as manager:
-            step = manager.latest_step()
-            if step is not None:
-                arguments = ocp.args.PyTreeRestore(
-                    item=like,
-                    partial_restore=True,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(like),
-                )
-                return manager.restore(step, args=ocp.args.Composite(state=arguments))[
-                    'state'
-                ]
-    raise configuration.ConfigError(
-        f'config.init_from: {path} holds no checkpoint; run it with'
-        ' config.checkpoint_every > 0.'
-    )
+def _ours(read: Callable[..., T], *arguments: Any) -> T:
+    """What ``read`` returns, or its error with the name of the setting."""
+    try:
+        return read(*arguments)
+    except configuration.ConfigError as error:
+        raise configuration.ConfigError(f'config.init_from: {error}') from error
 
 
 @functools.partial(jax.jit, static_argnames='model')

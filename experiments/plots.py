@@ -20,9 +20,11 @@ STYLES = {
     'esam': ('#E69F00', 'P'),
     'saf': ('#56B4E9', 'X'),
 }
-_OTHER = ('#000000', '.')
+# Of whatever else.
+OTHER = ('#000000', '.')
 _INK = '#333333'
-_SETTINGS: Any = {
+# Matplotlib's, for every figure.
+SETTINGS: Any = {
     'font.size': 10,
     'axes.titlesize': 11,
     'axes.labelsize': 10,
@@ -44,9 +46,10 @@ _SETTINGS: Any = {
 }
 
 
-def _figure(
+def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1
 ) -> tuple[matplotlib.figure.Figure, Any]:
+    """A figure of so many inches with rows × columns of axes."""
     # Not through pyplot, which keeps figures in a global list.
     figure = matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
     return figure, figure.subplots(rows, columns)
@@ -59,10 +62,10 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
         summary: what :func:`experiments.compare.compare` returns.
         path: the PNG to write.
     """
-    with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure(6.8, 4.2)
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = new_figure(6.8, 4.2)
         for name, method in summary['methods'].items():
-            color, marker = STYLES.get(name, _OTHER)
+            color, marker = STYLES.get(name, OTHER)
             cost, accuracy = method['relative_time'], method['test_accuracy']
             x, y = cost['median'], 100 * accuracy['mean']
             axes.plot(
@@ -123,8 +126,8 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
         'grad_norm': 'gradient norm ‖g‖',
         'psf_norm': 'PSF norm ‖s‖',
     }
-    with matplotlib.rc_context(_SETTINGS):
-        figure, panels = _figure(8.4, 6.0, 2, 2)
+    with matplotlib.rc_context(SETTINGS):
+        figure, panels = new_figure(8.4, 6.0, 2, 2)
         for axes, (quantity, title) in zip(panels.flat, titles.items(), strict=True):
             for label, color, x, y in _curves(summary, quantity):
                 if quantity == 'sampled':
@@ -132,7 +135,7 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
                     y = np.nan_to_num(y)
                 if quantity in ('test_accuracy', 'sampled'):
                     y = 100 * y
-                _band(axes, x, y, color, label)
+                band(axes, x, y, color, label)
             axes.set_title(title, loc='left')
             axes.set_xlabel('epoch')
         panels[0, 1].set_ylim(-4, 104)
@@ -162,10 +165,10 @@ def accuracy_against_speed(
     """
     networks = [summary['config']['model'] for summary in summaries]
     names = dict.fromkeys(name for each in summaries for name in each['methods'])
-    with matplotlib.rc_context(_SETTINGS):
-        figure, axes = _figure(7.6, 4.6)
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = new_figure(7.6, 4.6)
         for name in names:
-            color, marker = STYLES.get(name, _OTHER)
+            color, marker = STYLES.get(name, OTHER)
             rows = [each['methods'].get(name) for each in summaries]
             rows = [row for row in rows if row]
             speed = np.asarray(
@@ -229,15 +232,15 @@ def norms(summaries: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         'psf_norm': 'PSF norm ‖s‖',
         'psf_norm_change': 'change of ‖s‖ from\nsample to sample, %',
     }
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         columns = len(summaries)
-        figure, panels = _figure(2.2 + 2.7 * columns, 6.4, len(titles), columns)
+        figure, panels = new_figure(2.2 + 2.7 * columns, 6.4, len(titles), columns)
         panels = np.reshape(panels, (len(titles), columns))
         for summary, column in zip(summaries, panels.T, strict=True):
             for (quantity, title), axes in zip(titles.items(), column, strict=True):
                 for label, color, x, y in _curves(summary, quantity):
                     y = 100 * y if quantity == 'psf_norm_change' else y
-                    _band(axes, x, y, color, label)
+                    band(axes, x, y, color, label)
                 axes.set_ylim(bottom=0)
                 if axes in panels[:, 0]:
                     axes.set_ylabel(title)
@@ -300,15 +303,31 @@ def _curves(
         x = np.asarray([entry['epoch'] for entry in logs[0]])
         # null, where it was not finite, becomes NaN.
         y = np.asarray([[entry[quantity] for entry in log] for log in logs], float)
-        yield method['title'], STYLES.get(name, _OTHER)[0], x, y
+        yield method['title'], STYLES.get(name, OTHER)[0], x, y
 
 
-def _band(axes: Any, x: np.ndarray, y: np.ndarray, color: str, label: str) -> None:
-    """Mean and range over seeds, where all of them have a value."""
+def band(
+    axes: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    color: str,
+    label: str | None = None,
+    **style: Any,
+) -> None:
+    """Mean and range over seeds, where all of them have a value.
+
+    Args:
+        axes: what is drawn on.
+        x: [points].
+        y: [seeds, points].
+        color: of line and band.
+        label: for a legend.
+        **style: of the line, as matplotlib takes it.
+    """
     known = np.isfinite(y).all(axis=0)
     if known.any():
         x, y = x[known], y[:, known]
-        axes.plot(x, y.mean(axis=0), color=color, label=label)
+        axes.plot(x, y.mean(axis=0), color=color, label=label, **style)
         axes.fill_between(
             x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15, lw=0
         )

@@ -8,7 +8,9 @@ second one, plus a forward pass (about a third) that finds the examples for it: 
 γ = 0.5 that is 1.84 times the operations of SGD, where SAM takes 2. The number of
 examples, ⌈γ B⌉, is static, so the second gradient really is that much smaller. The
 choice of tensors saves nothing: it is drawn anew in each step, and a compiled program
-takes the gradient of all of them.
+takes the gradient of all of them. On several devices the examples are chosen from the
+whole mini-batch: their losses and the chosen images, 4 bytes per number, go from each
+device to all others before the second gradient, which each takes its share of.
 """
 
 import dataclasses

@@ -200,6 +200,9 @@ class Experiment:
         splits = {name: split for name, split in splits.items() if split.size}
         totals = {}
         for name, split in splits.items():
+            length = min(_EVALUATION_BATCH, split.size)
+            # So that each device gets the same number of them.
+            length += -length % self.devices.count
             parts = [
                 _evaluate_part(
                     self.model,
@@ -208,8 +211,9 @@ class Experiment:
                     self.dataset.mean,
                     self.dataset.std,
                     start,
+                    length,
                 )
-                for start in range(0, split.size, _EVALUATION_BATCH)
+                for start in range(0, split.size, length)
             ]
             totals[name] = sum(parts[1:], parts[0])
         return {
@@ -295,7 +299,7 @@ def _recorded(train_step: Any, has_plan: bool) -> Any:
     return recorded_step
 
 
-@functools.partial(jax.jit, static_argnames='model')
+@functools.partial(jax.jit, static_argnames=('model', 'length'))
 def _evaluate_part(
     model: nn.Module,
     variables: PyTree,
@@ -303,14 +307,11 @@ def _evaluate_part(
     mean: jax.Array,
     std: jax.Array,
     start: jax.Array | int,
+    length: int,
 ) -> jax.Array:
     """How many examples from ``start`` on are right, and the sum of their losses."""
-    num_devices = 1 if split.devices is None else split.devices.count
-    length = min(_EVALUATION_BATCH, split.size)
-    # So that each device gets the same number of them.
-    length += -length % num_devices
     rows = start + jnp.arange(length)
-    counts = rows < jnp.minimum(start + _EVALUATION_BATCH, split.size)
+    counts = rows < split.size
     images, labels = split.take(jnp.minimum(rows, split.size - 1))
     images = data.normalize(images, mean, std)
     logits = jnp.asarray(model.apply(variables, images, train=False))

@@ -7,7 +7,8 @@ stored logits and writes one, in the operations of an SGD step. What is paid wit
 memory: E · N · (4 C + 4) bytes on the device for N examples and C classes (61 MB for
 CIFAR-100 with E = 3; 15 GB for ImageNet), in every checkpoint too. On the CPU the
 compiled step copies all of that although its buffer is donated, which is lost in the
-time of a network's gradient for 61 MB and would not be for gigabytes.
+time of a network's gradient for 61 MB and would not be for gigabytes. On several
+devices each holds all of it, and they send each other the logits of a mini-batch.
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ def get_config(regime: str = 'noisy') -> ml_collections.ConfigDict:
     # which has but one of them, gets more values of it.
     rhos = {
         'sam': (0.1, 0.15, 0.2, 0.3),
-        'looksam': (0.005, 0.01, 0.02, 0.05, 0.1, 0.15),
+        'looksam': (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15),
         'esam': (0.02, 0.05, 0.1, 0.15, 0.2),
         'vsam': (0.2, 0.3, 0.4, 0.55),
     }

@@ -126,6 +126,8 @@ def test_each_device_holds_its_share_of_the_images_and_no_more():
     assert there.on(devices) is there
     noisy = there.with_label_noise(0.5, seed=1).train
     assert noisy.images is there.train.images
+    assert np.sum(np.asarray(noisy.labels) != whole.train.labels) == 15
+    assert noisy.labels.sharding == devices.whole
     np.testing.assert_array_equal(
         noisy.labels, whole.with_label_noise(0.5, seed=1).train.labels
     )

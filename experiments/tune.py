@@ -3,15 +3,18 @@ r"""Tries the settings in ``config.tune``, each method's in the same way.
     python -m experiments.tune --config=experiments/configs/digits.py --workdir=runs
 
 Judged on the validation examples, with seeds that are reported nowhere. Runs that are
-finished already are not run again; ``--shard=0/2`` makes every second run alone.
+finished already are not run again; ``--shard=0/2`` makes every second run alone (and
+starts with the finalists when it is started once all others are finished).
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from experiments import configuration, data, progress, results, shards, tables
@@ -29,6 +32,8 @@ def tune(
     *,
     seeds: Sequence[int],
     grid: Sequence[tuple[str, str, Sequence[Any], Mapping[str, Any]]],
+    finalists: int = 0,
+    final_seeds: Sequence[int] = (),
     shard: Shard | None = None,
 ) -> dict[str, Any]:
     """Tries settings of each method; the validation examples are the judge.
@@ -39,6 +44,10 @@ def tune(
         seeds: the seeds of each setting, none of them one that is reported.
         grid: methods, each with one field of the configuration (by its dotted
             path), the values to try for it, and what else to change meanwhile.
+        finalists: how many settings of each method, those that were best, are tried
+            with ``final_seeds`` too; all seeds together then choose among them. 0
+            for none.
+        final_seeds: these seeds.
         shard: which runs are made; a part makes no report.
 
     Returns:
@@ -49,7 +58,7 @@ def tune(
     """
     path = results.open_workdir(workdir)
     shard = shard or Shard()
-    shared = set(seeds) & set(config.compare.seeds)
+    shared = {*seeds, *final_seeds} & set(config.compare.seeds)
     if shared:
         raise configuration.ConfigError(
             'config.tune.seeds must have none of config.compare.seeds, but both hold'
@@ -61,46 +70,39 @@ def tune(
             'config.data.validation must be at least 1 where settings are tuned, got 0.'
         )
     trials = [
-        (method, {field: value, **dict(others)})
+        _Trial(method, {field: value, **dict(others)})
         for method, field, values, others in grid
         for value in values
     ]
-    tried: dict[str, list[dict[str, Any]]] = {method: [] for method, _ in trials}
-    with progress.bar(len(trials) * len(seeds), f'{config.name} tuning') as bar:
-        for number, (method, trial) in enumerate(trials):
-            setting = configuration.with_values(config, {'method': method, **trial})
-            name = ','.join(f'{key}={value}' for key, value in trial.items())
-            mine = [
-                seed
-                for place, seed in enumerate(seeds, number * len(seeds))
-                if shard.holds(place)
-            ]
-            experiment = Experiment(setting, dataset) if mine else None
-            runs = [
-                train(
-                    configuration.with_values(setting, {'seed': seed}),
-                    path / method / name / f'seed{seed}',
-                    experiment=experiment,
-                    bar=progress.Bar(),
-                )
-                for seed in mine
-            ]
-            bar.advance(len(seeds))
-            if shard.whole:
-                tried[method].append({'settings': trial, **_judged(runs)})
-                accuracy = tried[method][-1]['validation_accuracy']
-                bar.note(f'{method} {name}: {tables.percent(accuracy)} %')
-    if not shard.whole:
+    total = len(trials) * len(seeds)
+    with progress.bar(total, f'{config.name} tuning') as bar:
+        complete = _try(trials, seeds, config, dataset, path, shard, bar)
+    best = {}
+    if complete:
+        for trial in trials:
+            best.setdefault(trial.method, []).append(trial)
+        for method, rivals in best.items():
+            ranked = sorted(rivals, key=_Trial.accuracy, reverse=True)
+            best[method] = ranked[: max(finalists, 1)]
+    if complete and finalists:
+        rivals = [trial for ranked in best.values() for trial in ranked]
+        total = len(rivals) * len(final_seeds)
+        with progress.bar(total, f'{config.name} finals') as bar:
+            complete = _try(rivals, final_seeds, config, dataset, path, shard, bar)
+    if not complete or not shard.whole:
         return {}
-    accuracy_of = lambda row: row['validation_accuracy']['mean']
+    tried: dict[str, list[dict[str, Any]]] = {method: [] for method in best}
+    for trial in trials:
+        tried[trial.method].append(trial.judged())
     summary = {
         'name': config.name,
         'chosen': {
-            method: max(rows, key=accuracy_of)['settings']
-            for method, rows in tried.items()
+            method: max(rivals, key=_Trial.accuracy).settings
+            for method, rivals in best.items()
         },
         'tried': tried,
         'seeds': list(seeds),
+        'final_seeds': list(final_seeds),
         'config': configuration.plain(config),
         'command': results.command(),
         **results.environment(),
@@ -110,17 +112,65 @@ def tune(
     return summary
 
 
-def _judged(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    rate = results.summary(run['sampling_rate'] for run in runs)
-    # Low where wrong labels are learnt by heart.
-    loss = results.summary(run['log'][-1]['loss'] for run in runs)
-    return {
-        'validation_accuracy': results.summary(
-            run['validation_accuracy'] for run in runs
-        ),
-        'sampling_rate': rate['mean'],
-        'training_loss': loss['mean'],
-    }
+@dataclasses.dataclass
+class _Trial:
+    """Settings of a method and the runs that were made with them."""
+
+    method: str
+    settings: dict[str, Any]
+    runs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def accuracy(self) -> float:
+        return float(np.mean([run['validation_accuracy'] for run in self.runs]))
+
+    def judged(self) -> dict[str, Any]:
+        rate = results.summary(run['sampling_rate'] for run in self.runs)
+        # Low where wrong labels are learnt by heart.
+        loss = results.summary(run['log'][-1]['loss'] for run in self.runs)
+        return {
+            'settings': self.settings,
+            'validation_accuracy': results.summary(
+                run['validation_accuracy'] for run in self.runs
+            ),
+            'sampling_rate': rate['mean'],
+            'training_loss': loss['mean'],
+        }
+
+
+def _try(
+    trials: Sequence[_Trial],
+    seeds: Sequence[int],
+    config: Any,
+    dataset: data.Dataset,
+    path: pathlib.Path,
+    shard: Shard,
+    bar: progress.Bar,
+) -> bool:
+    """Runs a shard of trials × seeds; whether all of them are finished now."""
+    complete = True
+    for number, trial in enumerate(trials):
+        setting = configuration.with_values(
+            config, {'method': trial.method, **trial.settings}
+        )
+        name = ','.join(f'{key}={value}' for key, value in trial.settings.items())
+        experiment = None
+        for place, seed in enumerate(seeds, number * len(seeds)):
+            run = configuration.with_values(setting, {'seed': seed})
+            workdir = path / trial.method / name / f'seed{seed}'
+            done = results.finished(workdir, configuration.of_run(run))
+            if done is None and not shard.holds(place):
+                complete = False
+            else:
+                if done is None:
+                    experiment = experiment or Experiment(setting, dataset)
+                    done = train(
+                        run, workdir, experiment=experiment, bar=progress.Bar()
+                    )
+                trial.runs.append(done)
+            bar.advance()
+        if trial.runs:
+            bar.note(f'{trial.method} {name}: {100 * trial.accuracy():.1f} %')
+    return complete
 
 
 def load_chosen(file: str | os.PathLike, name: str) -> dict[str, dict[str, Any]]:
@@ -161,13 +211,14 @@ def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 for key, value in trial['settings'].items()
             ),
             tables.percent(trial['validation_accuracy']),
+            str(len(trial['validation_accuracy']['values'])),
             f'{trial["sampling_rate"]:.2f}',
             'chosen' if trial['settings'] == summary['chosen'][method] else '',
         ]
         for method, trials in summary['tried'].items()
         for trial in trials
     ]
-    return ['Method', 'Settings', 'Validation, %', 'Sampled', ''], rows
+    return ['Method', 'Settings', 'Validation, %', 'Seeds', 'Sampled', ''], rows
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -180,7 +231,7 @@ def main(arguments: Sequence[str]) -> None:
             tune, 'config.tune', config.tune, config=config, workdir=path, shard=shard
         )
     if summary:
-        tables.show(f'{len(summary["seeds"])} seeds each', *rows_of(summary))
+        tables.show(f'{config.name}: on validation examples', *rows_of(summary))
         print(f'written to {path / TUNING}')
 
 

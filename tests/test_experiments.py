@@ -797,6 +797,30 @@ def test_tuning_judges_on_the_validation_examples_alone(config, tmp_path):
     assert 'test_accuracy' not in json.dumps(trials)
 
 
+def test_the_best_settings_are_tried_with_further_seeds(config, tmp_path):
+    settings = {
+        'seeds': (100,),
+        'grid': (('sgd', 'optimizer.learning_rate', (1e-4, 0.02, 0.05), {}),),
+        'finalists': 2,
+        'final_seeds': (101,),
+    }
+    short = changed(config, epochs=2)
+    # A shard makes its runs of the first round, and knows of no finalists before the
+    # other one has made its own.
+    for index, runs in ((0, 2), (1, 4), (0, 5)):
+        shard = shards.Shard(index, 2)
+        assert not tune.tune(short, tmp_path, shard=shard, **settings)
+        assert len(list(tmp_path.rglob('result.json'))) == runs
+    tuning = tune.tune(short, tmp_path, **settings)
+    trials = tuning['tried']['sgd']
+    values = [trial['validation_accuracy']['values'] for trial in trials]
+    # Those two that were best with the first seed, and no other.
+    best = sorted(range(3), key=lambda place: values[place][0], reverse=True)[:2]
+    assert [len(value) for value in values] == [1 + (n in best) for n in range(3)]
+    winner = max(best, key=lambda place: np.mean(values[place]))
+    assert tuning['chosen'] == {'sgd': trials[winner]['settings']}
+
+
 def test_seeds_that_are_reported_are_not_tuned_on(config, tmp_path):
     reported = config.compare.seeds[0]
     with pytest.raises(configuration.ConfigError, match=rf'both hold \[{reported}\]'):

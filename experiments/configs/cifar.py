@@ -111,6 +111,9 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
     rhos = (0.025, 0.05, 0.1, 0.2, 0.4)
     config.tune = {
         'seeds': (100,),
+        # None are tried with further seeds.
+        'finalists': 0,
+        'final_seeds': (),
         # The method, the field that is tuned, its values, and what changes with it.
         'grid': (
             ('sgd', 'optimizer.learning_rate', (0.025, 0.05, 0.1), {}),

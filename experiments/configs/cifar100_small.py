@@ -77,8 +77,9 @@ def get_config(regime: str = 'noisy') -> ml_collections.ConfigDict:
         rhos['looksam'] = (0.002, 0.01, 0.05)
     rates = (0.1, 0.2) if noisy else (0.1,)
     own = 'methods.{}.optimizer.learning_rate'.format
-    # The two that were best with one seed are compared with another one as well.
-    config.tune.update({'finalists': 2, 'final_seeds': (101,)})
+    if noisy:
+        # The two that were best with one seed are compared with another one as well.
+        config.tune.update({'finalists': 2, 'final_seeds': (101,)})
     config.tune.grid = (
         (
             'sgd',

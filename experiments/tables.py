@@ -49,15 +49,16 @@ def of_comparison(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def of_differences(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the paired differences of a comparison."""
     methods = summary['methods']
-    others = list(dict.fromkeys(o for m in methods.values() for o in m['differences']))
+    compared = {other for row in methods.values() for other in row['differences']}
+    others = [name for name in methods if name in compared]
     header = ['Method', *(f'− {methods[other]["title"]}, points' for other in others)]
     rows = [
         [
             method['title'],
             *(points(method['differences'].get(other)) for other in others),
         ]
-        for method in methods.values()
-        if method['differences']
+        for name, method in methods.items()
+        if name != summary['baseline']
     ]
     return header, rows
 

@@ -4,6 +4,9 @@ import json
 import pathlib
 from typing import Any
 
+import jax
+import numpy as np
+
 from experiments import results
 from experiments.configuration import ConfigError
 
@@ -62,7 +65,7 @@ def variables(path: pathlib.Path, like: PyTree, step: int | None = None) -> PyTr
         step: of which step; None for the last one.
 
     Returns:
-        A tree like ``like``, in the shapes of the checkpoint.
+        A tree like ``like`` of arrays on the host, in the shapes of the checkpoint.
 
     Raises:
         ConfigError: if there is no checkpoint.
@@ -74,7 +77,10 @@ def variables(path: pathlib.Path, like: PyTree, step: int | None = None) -> PyTr
     arguments = ocp.args.PyTreeRestore(
         item=like,
         partial_restore=True,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+        # Not as jax.Array: those would go back to the devices of the run.
+        restore_args=jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like
+        ),
     )
     with _manager((path / results.CHECKPOINTS).absolute()) as manager:
         return manager.restore(step, args=ocp.args.Composite(state=arguments))['state']

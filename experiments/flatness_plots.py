@@ -1,0 +1,123 @@
+"""Figures of flatness, drawn from the JSON of :mod:`experiments.flatness` alone."""
+
+import pathlib
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from experiments import plots
+
+Runs = dict[str, list[dict[str, Any]]]
+_DASHES = ('-', '--', ':', '-.')
+
+
+def minima(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
+    """How the loss rises around where runs ended, in three ways.
+
+    Lines are means over seeds, bands reach from the lowest to the highest.
+
+    Args:
+        summary: what :func:`experiments.flatness.measure` returns.
+        runs: its runs by title, from :func:`experiments.flatness.groups`.
+        path: the PNG to write.
+    """
+    settings = summary['settings']
+    titles = {
+        'leading': ('along the leading eigenvector', 'distance ‖Δw‖'),
+        'random': ('along a random direction', 'distance, relative to each filter'),
+        'loss_rise': ('along the gradient, as SAM looks', 'radius ρ'),
+    }
+    reach = {'leading': 'distance', 'random': 'relative_distance'}
+    with matplotlib.rc_context(plots.SETTINGS):
+        figure, panels = plots.new_figure(10.5, 3.9, 1, len(titles))
+        for axes, (name, (title, label)) in zip(panels, titles.items(), strict=True):
+            for group, (color, dashes) in zip(
+                runs.values(), _styles(runs), strict=True
+            ):
+                y = np.asarray([run[name] for run in group], float)
+                if name in reach:
+                    end = settings[reach[name]]
+                    x = np.linspace(-end, end, settings['points'])
+                    y = y - np.asarray([[run['loss']] for run in group])
+                else:
+                    order = np.argsort(settings['rhos'])
+                    x, y = np.asarray(settings['rhos'])[order], y[:, order]
+                style: dict[str, Any] = {'linestyle': dashes}
+                if name not in reach:
+                    style['marker'] = 'o'
+                plots.band(axes, x, y, color, **style)
+            axes.set_title(title, loc='left')
+            axes.set_xlabel(label)
+            if name not in reach:
+                axes.set_xscale('log')
+                axes.set_yscale('log')
+        panels[0].set_ylabel('loss − loss at the end of training')
+        for title, (color, dashes) in zip(runs, _styles(runs), strict=True):
+            panels[0].plot([], [], color=color, linestyle=dashes, label=title)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside upper right', ncols=len(labels))
+        figure.suptitle(
+            f'{summary["name"]}: mean over seeds, band from lowest to highest',
+            x=0.01,
+            ha='left',
+            fontsize=11,
+        )
+        figure.savefig(path)
+
+
+def lemma(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
+    """‖s‖ and its bound ρ ‖H‖ along runs: a panel for each kind of them.
+
+    Args:
+        summary: what :func:`experiments.flatness.measure` returns.
+        runs: those of its runs that have the numbers, by title.
+        path: the PNG to write.
+    """
+    lines = {
+        'bound': ('ρ λ, the bound', '--', '#333333'),
+        'first_order': ('ρ ‖H g‖ / ‖g‖, to first order', ':', None),
+        'psf_norm': ('‖s‖, the PSF', '-', None),
+    }
+    with matplotlib.rc_context(plots.SETTINGS):
+        figure, panels = plots.new_figure(2.4 + 3.6 * len(runs), 3.9, 1, len(runs))
+        panels = np.atleast_1d(panels)
+        for axes, (title, group) in zip(panels, runs.items(), strict=True):
+            own = plots.STYLES.get(group[0]['method'], plots.OTHER)[0]
+            x = np.asarray([row['step'] for row in group[0]['lemma']])
+            for name, (label, dashes, color) in lines.items():
+                # [seeds × mini-batches, checkpoints]
+                y = np.concatenate(
+                    [np.asarray([row[name] for row in run['lemma']]).T for run in group]
+                )
+                marker = {'marker': 'o', 'markersize': 4} if len(x) < 20 else {}
+                plots.band(axes, x, y, color or own, label, linestyle=dashes, **marker)
+            axes.set_yscale('log')
+            axes.set_title(title, loc='left')
+            axes.set_xlabel('step')
+            axes.legend(loc='best')
+        low = min(axes.get_ylim()[0] for axes in panels)
+        high = max(axes.get_ylim()[1] for axes in panels)
+        for axes in panels:
+            axes.set_ylim(low, high)
+        figure.suptitle(
+            f'{summary["name"]}, Lemma 1: ‖s‖ ≤ ρ λ to first order in ρ'
+            ' (mean over seeds and mini-batches, band from lowest to highest)',
+            x=0.01,
+            ha='left',
+            fontsize=11,
+        )
+        figure.savefig(path)
+
+
+def _styles(runs: Runs) -> list[tuple[str, str]]:
+    """A colour for each method, a way of dashing for each of its settings."""
+    seen: dict[str, int] = {}
+    styles = []
+    for group in runs.values():
+        method = group[0]['method']
+        number = seen.get(method, 0)
+        seen[method] = number + 1
+        color = plots.STYLES.get(method, plots.OTHER)[0]
+        styles.append((color, _DASHES[number % len(_DASHES)]))
+    return styles

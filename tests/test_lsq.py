@@ -187,9 +187,10 @@ def test_a_step_is_never_zero(step):
 def test_steps_start_at_twice_the_mean_size_over_the_root_of_the_range():
     x = jnp.array([1.0, -3.0])
     np.testing.assert_allclose(lsq.initial_step(x, 7), 4 / math.sqrt(7), rtol=1e-6)
-    # Bfloat16 could not even hold the sum.
-    ones = jnp.ones(1000, jnp.bfloat16)
-    np.testing.assert_allclose(lsq.initial_step(ones, 4), 1.0, rtol=1e-6)
+    # Bfloat16 could hold neither the sum nor the step.
+    step = lsq.initial_step(jnp.full(1000, 1.5, jnp.bfloat16), 7)
+    assert step.dtype == jnp.float32
+    np.testing.assert_allclose(step, 3 / math.sqrt(7), rtol=1e-6)
 
 
 def test_weights_and_activations_that_are_all_zero_give_finite_steps_and_gradients():
@@ -362,7 +363,7 @@ def test_a_layer_that_is_called_twice_is_signed_if_one_of_its_inputs_is():
         @nn.compact
         def __call__(self, x: jax.Array, train: bool) -> jax.Array:
             layer = nn.Dense(x.shape[-1])
-            return nn.Dense(2)(nn.relu(layer(layer(nn.relu(x)))))
+            return nn.Dense(2)(nn.relu(layer(nn.relu(layer(x)))))
 
     known = layer_inputs.nonnegative_inputs(Network(), (3,))
     assert known == {('Dense_0',): False, ('Dense_1',): True}

@@ -67,6 +67,7 @@ _DIRECTIONS: dict[str, tuple[Callable[..., Any], tuple[bool, ...]]] = {
     'asam': (vsam_jax.asam, (True,)),
     'looksam': (vsam_jax.looksam, _BOTH),
     'vsam': (vsam_jax.vsam, _BOTH),
+    'steady_vsam': (vsam_jax.steady_vsam, _BOTH),
 }
 # As they are written in tables and figures.
 TITLES = {
@@ -77,6 +78,7 @@ TITLES = {
     'esam': 'ESAM',
     'saf': 'SAF',
     'vsam': 'vSAM',
+    'steady_vsam': 'steady vSAM',
 }
 
 

@@ -21,6 +21,7 @@ METHODS = {
     'sam': vsam_jax.sam,
     'asam': functools.partial(vsam_jax.asam, eta=0.01),
     'looksam': functools.partial(vsam_jax.looksam, every=3),
+    'steady_vsam': vsam_jax.steady_vsam,
     'random_sam': functools.partial(vsam_jax.random_sam, window=5),
     'random_sam_without_reuse': functools.partial(
         vsam_jax.random_sam, reuse_psf=False, window=5

@@ -3,7 +3,15 @@
 from vsam_jax import checkpoint, perturbation, reuse, sampling, statistics
 from vsam_jax._metrics import metrics
 from vsam_jax.dispatch import PlannedStep
-from vsam_jax.methods import asam, looksam, random_sam, sam, static_args, vsam
+from vsam_jax.methods import (
+    asam,
+    looksam,
+    random_sam,
+    sam,
+    static_args,
+    steady_vsam,
+    vsam,
+)
 from vsam_jax.nnx_step import PlannedNNXStep, make_nnx_train_step
 from vsam_jax.sharding import state_shardings
 from vsam_jax.state import VSAMState, find_state
@@ -33,5 +41,6 @@ __all__ = [
     'state_shardings',
     'static_args',
     'statistics',
+    'steady_vsam',
     'vsam',
 ]

@@ -7,7 +7,7 @@ pass through the branches of a conditional; the direction is formed outside.
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,18 @@ from vsam_jax import _checks, _numerics
 from vsam_jax._types import DTypeLike, PyTree
 
 Weights = tuple[jax.Array, ...]
+
+
+class SampleNorms(NamedTuple):
+    """The norms of the latest usable sample, over the tensors of ``stats_mask``.
+
+    Attributes:
+        grad_norm: ‖g‖, a scalar in the statistics dtype; zero before any sample.
+        psf_norm: ‖s‖, likewise.
+    """
+
+    grad_norm: jax.Array
+    psf_norm: jax.Array
 
 
 @runtime_checkable
@@ -39,7 +51,7 @@ class ReuseRule(Protocol):
         ...
 
     def recall(
-        self, grads: PyTree, memory: PyTree, age: jax.Array
+        self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
         """The memory and weights of a step that is not sampled."""
         ...
@@ -84,8 +96,66 @@ def reuse_weight(
     return jnp.where(age <= reuse_steps, powers, 0).astype(dtype)
 
 
+def steady_weight(norms: SampleNorms, *, every: int, tolerance: float) -> jax.Array:
+    r"""The weight w of a PSF between samples, as close to 1 as its noise allows.
+
+    PSFs of different mini-batches have little but their mean in common. SAM adds
+    a new one on each of k steps, so the noise of the k directions has a power of
+    k (‖g‖² + ‖s‖²) together; with one of them, used k times, it has
+    k ‖g‖² + (1 + (k − 1) w)² ‖s‖². The weight is the largest one up to 1 with which
+    this is at most 1 + η times as much:
+
+    .. math::
+      w = \min\Big(1, \frac{\sqrt{k (1 + η + η ‖g‖^2 / ‖s‖^2)} - 1}{k - 1}\Big)
+
+    Args:
+        norms: ‖g‖ and ‖s‖ of the sample.
+        every: k >= 2.
+        tolerance: η.
+
+    Returns:
+        w, a scalar in (0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import reuse
+        >>> for psf_norm in (0.3, 1.0, 9.0):
+        ...   norms = reuse.SampleNorms(jnp.array(1.0), jnp.array(psf_norm))
+        ...   print(f'{reuse.steady_weight(norms, every=3, tolerance=0.3):.2f}')
+        1.00
+        0.60
+        0.49
+    """
+    grad_norm, psf_norm = norms
+    tiny = jnp.finfo(psf_norm.dtype).tiny
+    # Squared after the division, since the norms may be too large or too small for
+    # a square; and bounded, since 0 · ∞ is none.
+    ratio = jnp.minimum(grad_norm / jnp.maximum(psf_norm, tiny), 2.0**60)
+    total = jnp.sqrt(every * (1 + tolerance + tolerance * ratio**2))
+    return jnp.minimum((total - 1) / (every - 1), 1).astype(psf_norm.dtype)
+
+
+class _Difference:
+    """What rules share whose memory is the PSF s = g_SAM − g, used with a weight."""
+
+    def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
+        return _zeros(params, dtype)
+
+    def remember(
+        self, grads: PyTree, sam_grads: PyTree, memory: PyTree
+    ) -> tuple[PyTree, Weights]:
+        psf = optax.tree.cast_like(psf_of(grads, sam_grads), memory)
+        return psf, (jnp.ones((), _numerics.statistics_dtype(grads)),)
+
+    def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:
+        (weight,) = weights
+        return jax.tree.map(
+            lambda g, s: _numerics.add_scaled(g, weight, s), grads, memory
+        )
+
+
 @dataclasses.dataclass(frozen=True)
-class DecayedDifference:
+class DecayedDifference(_Difference):
     """vSAM: the memory is the PSF s = g_SAM − g, the direction g + c(a)·s.
 
     Attributes:
@@ -109,33 +179,49 @@ class DecayedDifference:
     def initial_age(self) -> int:
         return self.reuse_steps + 1
 
-    def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
-        return _zeros(params, dtype)
-
-    def remember(
-        self, grads: PyTree, sam_grads: PyTree, memory: PyTree
+    def recall(
+        self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
-        psf = optax.tree.cast_like(psf_of(grads, sam_grads), memory)
-        return psf, self._weights(grads, jnp.zeros((), jnp.int32))
+        del norms
+        dtype = _numerics.statistics_dtype(grads)
+        weight = reuse_weight(
+            age, decay=self.decay, reuse_steps=self.reuse_steps, dtype=dtype
+        )
+        return memory, (weight,)
+
+
+@dataclasses.dataclass(frozen=True)
+class SteadyDifference(_Difference):
+    """The memory is the PSF s, the direction g + w·s until the next sample.
+
+    w is :func:`steady_weight` of the sample's norms. A PSF serves the steps up to
+    the next sample, and as many again if that one is rejected.
+
+    Attributes:
+        every: k >= 2, how many steps there are from sample to sample.
+        tolerance: η.
+    """
+
+    every: int
+    tolerance: float
+
+    def __post_init__(self):
+        _checks.assign(
+            self,
+            every=_checks.integer('every', self.every, low=2, high=2**30 - 1),
+            tolerance=_checks.real('tolerance', self.tolerance),
+        )
+
+    @property
+    def initial_age(self) -> int:
+        return 2 * self.every
 
     def recall(
-        self, grads: PyTree, memory: PyTree, age: jax.Array
+        self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
-        return memory, self._weights(grads, age)
-
-    def _weights(self, grads: PyTree, age: jax.Array) -> Weights:
+        weight = steady_weight(norms, every=self.every, tolerance=self.tolerance)
         dtype = _numerics.statistics_dtype(grads)
-        return (
-            reuse_weight(
-                age, decay=self.decay, reuse_steps=self.reuse_steps, dtype=dtype
-            ),
-        )
-
-    def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:
-        (weight,) = weights
-        return jax.tree.map(
-            lambda g, s: _numerics.add_scaled(g, weight, s), grads, memory
-        )
+        return memory, (jnp.where(age < 2 * self.every, weight, 0).astype(dtype),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +268,9 @@ class RescaledOrthogonal:
         return optax.tree.cast_like(unit, memory), (kappa, norm)
 
     def recall(
-        self, grads: PyTree, memory: PyTree, age: jax.Array
+        self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
-        del age
+        del age, norms
         norm = optax.tree.norm(jax.tree.map(_numerics.widen, grads))
         return memory, (jnp.ones_like(norm), self.gain * norm)
 
@@ -217,9 +303,9 @@ class NoReuse:
         return sam_grads, ()
 
     def recall(
-        self, grads: PyTree, memory: PyTree, age: jax.Array
+        self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
-        del memory, age
+        del memory, age, norms
         return grads, ()
 
     def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:

@@ -192,7 +192,12 @@ def sharpness_aware(
             )
 
         def unsampled() -> _Outcome:
-            memory, weights = reuse.recall(grads, state.psf, older)
+            memory, weights = reuse.recall(
+                grads,
+                state.psf,
+                older,
+                reuses.SampleNorms(state.grad_norm, state.psf_norm),
+            )
             return _Outcome(
                 memory=memory,
                 weights=weights,

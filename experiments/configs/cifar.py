@@ -83,6 +83,7 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
             'stats_tensors': 10,
             'seed': 0,
         },
+        'steady_vsam': {'rho': 0.05, 'every': 3, 'tolerance': 0.3},
     }
     config.optimizer = {
         'learning_rate': 0.05,

@@ -76,6 +76,8 @@ def get_config() -> ml_collections.ConfigDict:
             # Of the plans; part of the programs, so the same for all seeds.
             'seed': 0,
         },
+        # Not tuned: SAM's ρ.
+        'steady_vsam': {'rho': 1.0, 'every': 3, 'tolerance': 0.3},
     }
     config.optimizer = {
         'learning_rate': 0.1,

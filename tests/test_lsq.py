@@ -25,7 +25,7 @@ from experiments import (
     quantization,
     results,
 )
-from experiments.configs import cifar100, digits
+from experiments.configs import cifar100, digits, digits_lsq
 from experiments.networks.layers import logits, norm
 from experiments.quantization import QuantizedOperands
 from experiments.train import train
@@ -618,6 +618,26 @@ def test_settings_that_cannot_be_meant_are_refused(config, values, message):
             config[name] = value
     with pytest.raises(configuration.ConfigError, match=message):
         experiment.Experiment(config)
+
+
+@pytest.mark.parametrize('bits', [2, 4])
+def test_digits_in_a_few_bits_differ_from_the_digits_in_nothing_else(bits):
+    quantized = digits_lsq.get_config(str(bits))
+    assert quantized.quantization.bits == bits
+    differs = configuration.differences(
+        configuration.plain(digits.get_config()), configuration.plain(quantized)
+    )
+    names = {line.split(' is ')[0].removeprefix('config.') for line in differs}
+    assert names == {
+        'name',
+        'quantization.bits',
+        *(
+            f'methods.{method}.perturb_step_sizes'
+            for method in ('sam', 'asam', 'looksam', 'vsam')
+        ),
+    }
+    for name, settings in quantized.methods.items():
+        methods.create(name, settings, quantized.optimizer, TASK)
 
 
 @pytest.mark.parametrize('name', ['sam', 'asam', 'looksam', 'vsam'])

@@ -46,6 +46,7 @@ FIELDS = (
 )
 PLANS = ('compare', 'tune')
 DISPATCHES = ('planned', 'traced')
+_PLACES = ('data_dir', 'cache_dir')
 # What has not always been a setting, as it was before: left out of what is known of a
 # run, so that runs from before stay what they are.
 _AS_BEFORE = {
@@ -164,9 +165,10 @@ def of_run(config: Any) -> dict[str, Any]:
     """The settings that one run depends on, as plain JSON values.
 
     Those of the models and methods that it does not use are left out, so that
-    tuning one method leaves the finished runs of the others valid.
+    tuning one method leaves the finished runs of the others valid; and so are the
+    directories of the data, which is the same wherever it is.
     """
-    run = {name: _plain(config[name]) for name in FIELDS}
+    run = without_places({name: _plain(config[name]) for name in FIELDS})
     run['models'] = {config.model: run['models'][config.model]}
     run['methods'] = {config.method: run['methods'][config.method]}
     for name, before in _AS_BEFORE.items():
@@ -176,6 +178,12 @@ def of_run(config: Any) -> dict[str, Any]:
         if value == before:
             del run[name]
     return run
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings without the directories of one machine."""
+    data = {key: item for key, item in settings['data'].items() if key not in _PLACES}
+    return {**settings, 'data': data}
 
 
 def from_run(settings: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -192,8 +200,8 @@ def _plain(value: Any) -> Any:
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """The whole configuration as plain JSON values."""
-    return _plain(config)
+    """The configuration as plain JSON values, but for where the data is."""
+    return without_places(_plain(config))
 
 
 def differences(old: Any, new: Any, where: str = 'config') -> list[str]:

@@ -74,7 +74,7 @@ def finished(path: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(file.read_text())
-        settings = result['config']
+        settings = configuration.without_places(result['config'])
     except (ValueError, KeyError, TypeError) as error:
         raise configuration.ConfigError(
             f'{file} is no result of a run ({error!r}). Move it away.'

@@ -876,6 +876,18 @@ def test_the_short_schedule_differs_in_what_it_says():
         cifar100.get_config('x')
 
 
+def test_where_the_data_is_is_no_setting_of_a_run(tmp_path):
+    here, there = cifar100.get_config(), cifar100.get_config()
+    there.data.update({'data_dir': '/somewhere', 'cache_dir': '/else'})
+    assert configuration.of_run(here) == configuration.of_run(there)
+    assert '/somewhere' not in json.dumps(configuration.plain(there))
+    # Nor was it one of a run whose result still names it.
+    old = configuration.of_run(here)
+    old['data']['cache_dir'] = '/else'
+    (tmp_path / results.RESULT).write_text(json.dumps({'config': old}))
+    assert results.finished(tmp_path, configuration.of_run(here)) == {'config': old}
+
+
 @pytest.mark.parametrize('regime', cifar100_small.REGIMES)
 def test_the_small_configurations_are_complete(regime):
     config: Any = cifar100_small.get_config(regime)

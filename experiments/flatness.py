@@ -84,7 +84,7 @@ class Settings:
     samples: int = 16
     distance: float = 1.0
     relative_distance: float = 1.0
-    points: int = 21
+    points: int = 31
     lemma_batches: int = 4
 
     def __post_init__(self):
@@ -347,7 +347,7 @@ class _Meter:
             epoch = run.experiment.epoch(run.config.seed, step // steps_per_epoch)
             row: dict[str, Any] = {'step': step}
             for index in range(min(self._settings.lemma_batches, steps_per_epoch)):
-                batch = run.experiment.batch(run.train, epoch, index)
+                batch = _unbound(run.experiment.batch(run.train, epoch, index))
                 sides = lemma(landscape, w, (batch_stats, batch), rho)
                 for name, value in sides.items():
                     row[name] = [*row.get(name, ()), value]
@@ -395,10 +395,17 @@ def _fixed_batches(run: _Run, examples: int) -> list[PyTree]:
     size, dataset = run.experiment.batch_size, run.experiment.dataset
     number = max(min(examples, run.train.size) // size, 1)
     order = jnp.arange(number * size, dtype=jnp.int32).reshape(number, size)
-    return [
-        data.take_batch(run.train, dataset.mean, dataset.std, order, np.int32(index))
-        for index in range(number)
-    ]
+    take = functools.partial(data.take_batch, run.train, dataset.mean, dataset.std)
+    return [_unbound(take(order, np.int32(index))) for index in range(number)]
+
+
+def _unbound(batch: PyTree) -> PyTree:
+    """The same arrays, on the default device but not bound to it.
+
+    What is computed from arrays that are bound to a device is bound as well, and a
+    program is compiled again for each way in which its arguments are.
+    """
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), batch)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -52,6 +52,8 @@ def minima(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
             if name not in reach:
                 axes.set_xscale('log')
                 axes.set_yscale('log')
+                axes.set_xticks(settings['rhos'], [f'{x:g}' for x in settings['rhos']])
+                axes.set_xticks([], minor=True)
         panels[0].set_ylabel('loss − loss at the end of training')
         for title, (color, dashes) in zip(runs, _styles(runs), strict=True):
             panels[0].plot([], [], color=color, linestyle=dashes, label=title)
@@ -69,6 +71,9 @@ def minima(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
 def lemma(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
     """‖s‖ and its bound ρ ‖H‖ along runs: a panel for each kind of them.
 
+    Thick lines are geometric means over seeds and mini-batches, thin ones those of
+    single seeds.
+
     Args:
         summary: what :func:`experiments.flatness.measure` returns.
         runs: those of its runs that have the numbers, by title.
@@ -76,33 +81,38 @@ def lemma(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
     """
     lines = {
         'bound': ('ρ λ, the bound', '--', '#333333'),
-        'first_order': ('ρ ‖H g‖ / ‖g‖, to first order', ':', None),
-        'psf_norm': ('‖s‖, the PSF', '-', None),
+        'first_order': ('ρ ‖H g‖ / ‖g‖, what ‖s‖ is to first order', ':', '#009E73'),
+        'psf_norm': ('‖s‖, the PSF', '-', '#CC79A7'),
     }
     with matplotlib.rc_context(plots.SETTINGS):
-        figure, panels = plots.new_figure(2.4 + 3.6 * len(runs), 3.9, 1, len(runs))
+        figure, panels = plots.new_figure(3.0 + 3.2 * len(runs), 4.2, 1, len(runs))
         panels = np.atleast_1d(panels)
         for axes, (title, group) in zip(panels, runs.items(), strict=True):
-            own = plots.STYLES.get(group[0]['method'], plots.OTHER)[0]
-            x = np.asarray([row['step'] for row in group[0]['lemma']])
+            x = [row['step'] for row in group[0]['lemma']]
             for name, (label, dashes, color) in lines.items():
-                # [seeds × mini-batches, checkpoints]
-                y = np.concatenate(
-                    [np.asarray([row[name] for row in run['lemma']]).T for run in group]
+                # [seeds, checkpoints]
+                y = np.exp(
+                    [
+                        [np.mean(np.log(row[name])) for row in run['lemma']]
+                        for run in group
+                    ]
                 )
-                marker = {'marker': 'o', 'markersize': 4} if len(x) < 20 else {}
-                plots.band(axes, x, y, color or own, label, linestyle=dashes, **marker)
+                style: Any = {'color': color, 'linestyle': dashes}
+                axes.plot(x, y.T, **style, linewidth=0.8, alpha=0.6)
+                middle = np.exp(np.mean(np.log(y), axis=0))
+                axes.plot(x, middle, **style, label=label, marker='o', markersize=3.5)
             axes.set_yscale('log')
             axes.set_title(title, loc='left')
             axes.set_xlabel('step')
-            axes.legend(loc='best')
         low = min(axes.get_ylim()[0] for axes in panels)
         high = max(axes.get_ylim()[1] for axes in panels)
         for axes in panels:
             axes.set_ylim(low, high)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside lower left', ncols=len(labels))
         figure.suptitle(
-            f'{summary["name"]}, Lemma 1: ‖s‖ ≤ ρ λ to first order in ρ'
-            ' (mean over seeds and mini-batches, band from lowest to highest)',
+            f'{summary["name"]}: Lemma 1 along training'
+            ' (geometric mean over seeds and mini-batches; thin: single seeds)',
             x=0.01,
             ha='left',
             fontsize=11,

@@ -92,7 +92,7 @@ def table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for group in runs.values():
             numbers = results.summary(map(value, group))
             sd = numbers['sd']
-            spread = '' if sd is None else f' ± {_short(sd)}'
+            spread = '' if sd is None else f' ± {_short(sd, 2)}'
             row.append(_short(numbers['mean']) + spread)
         for title in others:
             text = (
@@ -121,15 +121,17 @@ def _ratio(
     logs = [[math.log(number) for number in side] for side in zip(*pairs, strict=True)]
     difference = results.paired(*logs)
     text = _short(math.exp(difference['mean']))
-    if difference['low'] is None:
+    # That of two seeds spans a factor of thousands.
+    if len(pairs) < 3:
         return text
-    low, high = (_short(math.exp(min(difference[end], 99))) for end in ('low', 'high'))
+    low, high = (_short(math.exp(difference[end])) for end in ('low', 'high'))
     return f'{text} [{low}, {high}]'
 
 
-def _short(value: float) -> str:
-    """Three digits; thousands whole."""
-    text = f'{value:,.0f}' if 1000 <= abs(value) < 1e6 else f'{value:.3g}'
+def _short(value: float, digits: int = 3) -> str:
+    """A number with so many digits; thousands whole."""
+    whole = 1000 <= abs(value) < 1e6
+    text = f'{value:,.0f}' if whole else f'{value:.{digits}g}'
     return text.replace('-', '−')
 
 
@@ -145,7 +147,8 @@ def footnote(summary: dict[str, Any]) -> str:
         ' λ: eigenvalues of the Hessian; per filter: where the length of each filter is'
         ' the unit, which does not depend on scales that a normalisation takes away.'
         ' Loss rise: L(w + ρ g/‖g‖) − L(w), each mini-batch along its own gradient.'
-        ' Ratios: geometric means over seeds, with 95 % intervals (t).'
+        ' Ratios: geometric means over seeds, with 95 % intervals (t) from three'
+        ' seeds on.'
     )
 
 

@@ -70,15 +70,14 @@ def test_curvature_of_an_mlp_is_that_of_its_dense_hessian():
         for _ in range(2)
     ]
     whole = lambda w: sum(problems.mlp_loss(unravel(w), b) for b in batches) / 2
-    dense = np.asarray(jax.hessian(whole)(w))
+    loss, gradient = jax.jit(jax.value_and_grad(whole))(w)
+    dense = np.asarray(jax.jit(jax.hessian(whole))(w))
     values = np.linalg.eigvalsh(dense)
 
     landscape = curvature.Landscape(problems.mlp_loss, params)
     product = landscape.hessian(w, batches)
-    np.testing.assert_allclose(landscape.loss(w, batches), whole(w), rtol=1e-12)
-    np.testing.assert_allclose(
-        landscape.gradient(w, batches), jax.grad(whole)(w), atol=1e-12
-    )
+    np.testing.assert_allclose(landscape.loss(w, batches), loss, rtol=1e-12)
+    np.testing.assert_allclose(landscape.gradient(w, batches), gradient, atol=1e-12)
     np.testing.assert_allclose(product(w), dense @ w, atol=1e-12)
     largest, _ = curvature.eigenpairs(product, jnp.ones_like(w), 2, tolerance=1e-8)
     np.testing.assert_allclose(largest, values[:-3:-1], rtol=1e-6)
@@ -190,7 +189,7 @@ def test_lemma_1_is_a_bound_elsewhere_and_one_of_magnitude():
 
 
 SETTINGS = flatness.Settings(
-    examples=90, rhos=(0.1, 0.5), samples=3, points=5, lemma_batches=2
+    mode='eval', examples=90, rhos=(0.1, 0.5), samples=3, points=5, lemma_batches=2
 )
 
 
@@ -252,30 +251,49 @@ def test_runs_that_keep_one_checkpoint_are_described_as_before(config):
         configuration.check(configuration.with_values(config, {'checkpoint_keep': 0}))
 
 
-@pytest.mark.parametrize('mode', flatness.MODES)
-def test_the_loss_is_that_of_the_run_on_its_own_labels(config, runs, mode, tmp_path):
-    path = runs / 'sam' / 'seed1'
-    settings = flatness.Settings(
-        mode, examples=90, rhos=(0.1,), eigenvalues=1, samples=1, points=1
-    )
-    (entry,) = flatness.measure([path], tmp_path, settings)['runs']
-    one = experiment.Experiment(configuration.with_values(config, {'seed': 1}))
-    noisy = one.dataset.with_label_noise(config.label_noise, 1).train
-    like = jax.eval_shape(lambda: one.init(1))
+@pytest.fixture(scope='module')
+def ended(config, runs) -> tuple[experiment.Experiment, Any, Any]:
+    """The second run with SAM: its programs, its examples, the weights at its end."""
+    own = experiment.Experiment(configuration.with_values(config, {'seed': 1}))
+    noisy = own.dataset.with_label_noise(config.label_noise, 1).train
+    like = jax.eval_shape(lambda: own.init(1))
     variables = finished.variables(
-        path, {'params': like.params, 'batch_stats': like.batch_stats}
+        runs / 'sam' / 'seed1', {'params': like.params, 'batch_stats': like.batch_stats}
     )
-    losses = []
-    for rows in (np.arange(40), np.arange(40, 80)):
-        images = (noisy.images[rows] - one.dataset.mean) / one.dataset.std
-        logits, _ = one.model.apply(
-            variables, images, train=mode == 'train', mutable=['batch_stats']
-        )
-        log_p = jax.nn.log_softmax(logits)
-        losses.append(-np.mean(np.asarray(log_p)[np.arange(40), noisy.labels[rows]]))
-    np.testing.assert_allclose(entry['loss'], np.mean(losses), rtol=1e-4)
+    return own, noisy, variables
+
+
+def test_the_loss_is_that_of_the_first_examples_with_their_wrong_labels(
+    ended, measured
+):
+    own, noisy, variables = ended
+    entry = measured[0]['runs'][1]
+    images = (noisy.images[:80] - own.dataset.mean) / own.dataset.std
+    logits = own.model.apply(variables, images, train=False)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    loss = -np.mean(log_p[np.arange(80), noisy.labels[:80]])
+    np.testing.assert_allclose(entry['loss'], loss, rtol=1e-4)
+    # Whole mini-batches of 40, of the 90 that were asked for.
     assert entry['examples'] == 80
     assert entry['step'] == 9
+
+
+def test_lemma_1_is_of_the_mini_batches_that_come_next_in_training_mode(
+    ended, measured
+):
+    own, noisy, variables = ended
+    rho = digits.get_config().methods.sam.rho
+    batch = own.batch(noisy, own.epoch(seed=1, epoch=3), 1)
+    loss = experiment.loss_of(own.model, 0.0)
+    gradient = jax.jit(
+        jax.grad(lambda p: loss(p, variables['batch_stats'], batch, None)[0])
+    )
+    flat = lambda p: np.asarray(ravel_pytree(p)[0])
+    w, unravel = ravel_pytree(variables['params'])
+    g = flat(gradient(variables['params']))
+    psf = flat(gradient(unravel(w + rho * g / np.linalg.norm(g)))) - g
+    row = measured[0]['runs'][1]['lemma'][-1]
+    np.testing.assert_allclose(row['psf_norm'][1], np.linalg.norm(psf), rtol=1e-3)
 
 
 def test_a_measurement_holds_every_run_and_is_not_made_twice(

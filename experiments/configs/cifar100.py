@@ -8,6 +8,8 @@ afternoon: 30 epochs instead of 200, convolutions in bfloat16, 5,000 of the trai
 images held back to tune on.
 """
 
+from typing import Any
+
 import ml_collections
 
 from experiments.configs import cifar
@@ -31,7 +33,7 @@ def get_config(schedule: str = 'published') -> ml_collections.ConfigDict:
         raise ValueError(
             f'schedule must be one of {", ".join(SCHEDULES)}; got {schedule!r}.'
         )
-    config = cifar.recipe('cifar100', statistics='cifar100')
+    config: Any = cifar.recipe('cifar100', statistics='cifar100')
     if schedule == 'short':
         config.name = 'cifar100_short'
         config.epochs = 30

@@ -7,6 +7,8 @@ labels, augmented, and 3 epochs, after which the same network is far from fittin
 here there is no overfitting that sharpness-aware training could prevent.
 """
 
+from typing import Any
+
 import ml_collections
 
 from experiments.configs import cifar100
@@ -29,7 +31,7 @@ def get_config(regime: str = 'noisy') -> ml_collections.ConfigDict:
     if regime not in REGIMES:
         raise ValueError(f'regime must be one of {", ".join(REGIMES)}; got {regime!r}.')
     noisy = regime == 'noisy'
-    config = cifar100.get_config()
+    config: Any = cifar100.get_config()
     config.name = f'cifar100_small_{regime}'
     config.data.name = 'cifar100_coarse'
     # What settings are chosen on is held back from training, the test split is whole.

@@ -46,7 +46,8 @@ FIELDS = (
 )
 PLANS = ('compare', 'tune')
 DISPATCHES = ('planned', 'traced')
-_PLACES = ('data_dir', 'cache_dir')
+# Where data is on a machine: settings, but not of a run.
+PLACES = ('data_dir', 'cache_dir')
 # What has not always been a setting, as it was before: left out of what is known of a
 # run, so that runs from before stay what they are.
 _AS_BEFORE = {
@@ -182,7 +183,7 @@ def of_run(config: Any) -> dict[str, Any]:
 
 def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Plain settings without the directories of one machine."""
-    data = {key: item for key, item in settings['data'].items() if key not in _PLACES}
+    data = {key: item for key, item in settings['data'].items() if key not in PLACES}
     return {**settings, 'data': data}
 
 

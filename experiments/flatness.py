@@ -24,7 +24,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -123,6 +123,7 @@ def measure(
     workdirs: Sequence[str | os.PathLike],
     output: str | os.PathLike,
     settings: Settings | None = None,
+    places: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measures finished runs of one task, and writes the numbers.
 
@@ -131,6 +132,8 @@ def measure(
         output: where ``flatness.json`` is written; runs that it holds already, with
             the same settings, are not measured again.
         settings: what is measured.
+        places: where the data is on this machine: what ``config.data`` takes besides
+            the settings of a run, such as ``data_dir`` and ``cache_dir``.
 
     Returns:
         The content of ``flatness.json``.
@@ -151,7 +154,7 @@ def measure(
     summary: dict[str, Any] = {}
     measured: list[dict[str, Any]] = []
     with progress.bar(len(paths), 'flatness') as bar:
-        meter = _Meter(settings)
+        meter = _Meter(settings, places or {})
         for path, run in zip(paths, runs, strict=True):
             bar.note(str(path))
             entry = known.get(str(path))
@@ -172,7 +175,8 @@ def measure(
 
 
 def _check_task(paths: list[pathlib.Path], runs: list[dict[str, Any]]) -> None:
-    tasks = [{key: run['config'][key] for key in _TASK} for run in runs]
+    configs = [configuration.without_places(run['config']) for run in runs]
+    tasks = [{key: config[key] for key in _TASK} for config in configs]
     for path, task in zip(paths, tasks, strict=True):
         differs = configuration.differences(tasks[0], task)
         if differs:
@@ -226,8 +230,9 @@ class _Run(NamedTuple):
 class _Meter:
     """Measures runs of one task; data and compiled programs are shared by them."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, places: Mapping[str, str]):
         self._settings = settings
+        self._places = places
         self._dataset: data.Dataset | None = None
         self._landscapes: dict[tuple[nn.Module, str], Landscape] = {}
 
@@ -249,9 +254,13 @@ class _Meter:
 
     def _load(self, path: pathlib.Path, result: dict[str, Any]) -> _Run:
         config: Any = configuration.from_run(result['config'])
-        # Rounded to bfloat16 a loss has no second derivative.
         config = configuration.with_values(
-            config, {f'models.{config.model}.dtype': 'float32'}
+            config,
+            {
+                # Rounded to bfloat16 a loss has no second derivative.
+                f'models.{config.model}.dtype': 'float32',
+                **{f'data.{name}': place for name, place in self._places.items()},
+            },
         )
         experiment = Experiment(config, self._dataset)
         self._dataset = experiment.dataset
@@ -417,7 +426,9 @@ def main(arguments: Sequence[str]) -> None:
             or pathlib.Path(options.workdir[0]) / f'flatness_{options.mode}'
         )
         settings = Settings(options.mode, options.examples, tuple(options.rho))
-        summary = measure(options.workdir, path, settings)
+        places = {name: getattr(options, name) for name in configuration.PLACES}
+        places = {name: place for name, place in places.items() if place}
+        summary = measure(options.workdir, path, settings, places)
     files = flatness_report.write(summary, path)
     tables.show(summary['name'], *flatness_report.table(summary))
     print(flatness_report.footnote(summary))
@@ -435,6 +446,8 @@ def define_flags() -> None:
     )
     flags.DEFINE_enum('mode', default.mode, MODES, 'How BatchNorm normalises.')
     flags.DEFINE_integer('examples', default.examples, 'Training examples.')
+    for name in configuration.PLACES:
+        flags.DEFINE_string(name, '', f'What config.data.{name} is on this machine.')
     flags.DEFINE_multi_float('rho', list(default.rhos), 'Radii of the loss rise.')
 
 

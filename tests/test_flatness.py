@@ -360,6 +360,13 @@ def test_runs_of_one_method_with_other_settings_have_their_own_title(measured):
     assert list(titles) == ['SGD', 'SAM, rho 1.0', 'SAM, rho 0.1']
 
 
+def test_where_the_data_is_comes_from_who_measures(runs, tmp_path):
+    path = runs / 'sgd' / 'seed0'
+    # The digits are nowhere else: that the setting arrives is what can be seen.
+    with pytest.raises(configuration.ConfigError, match="holds 'data_dir'"):
+        flatness.measure([path], tmp_path, SETTINGS, {'data_dir': '/somewhere'})
+
+
 def test_what_cannot_be_measured_is_refused(config, runs, tmp_path):
     def refused(message: str, *workdirs: pathlib.Path) -> None:
         with pytest.raises(configuration.ConfigError, match=message):

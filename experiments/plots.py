@@ -65,6 +65,10 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
     """
     with matplotlib.rc_context(SETTINGS):
         figure, axes = new_figure(6.8, 4.2)
+        places = [
+            (method['relative_time']['median'], 100 * method['test_accuracy']['mean'])
+            for method in summary['methods'].values()
+        ]
         for name, method in summary['methods'].items():
             color, marker = STYLES.get(name, OTHER)
             cost, accuracy = method['relative_time'], method['test_accuracy']
@@ -89,11 +93,16 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
                 capsize=3,
                 elinewidth=1.4,
             )
+            # To the left, where the label would cover that of a mark on the right.
+            crowded = any(
+                0 < other[0] - x < 0.25 and abs(other[1] - y) < 1 for other in places
+            )
             axes.annotate(
                 f'{method["title"]}\n{y:.1f} %, {x:.2f}×',
                 (x, y),
-                xytext=(9, -9),
+                xytext=(-9 if crowded else 9, -9),
                 textcoords='offset points',
+                ha='right' if crowded else 'left',
                 va='top',
                 color=color,
                 fontweight='bold',
@@ -105,8 +114,8 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter('%.1f×'))
         seeds = len(next(iter(summary['methods'].values()))['seeds'])
         axes.set_title(
-            f'{summary["name"]}: accuracy against cost'
-            f' (mean ± sd of {seeds} seeds; dots: single seeds)',
+            f'{summary["name"]}: accuracy against cost\n'
+            f'(mean ± sd of {seeds} seeds; dots: single seeds)',
             loc='left',
         )
         figure.savefig(path)
@@ -131,9 +140,6 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
         figure, panels = new_figure(8.4, 6.0, 2, 2)
         for axes, (quantity, title) in zip(panels.flat, titles.items(), strict=True):
             for label, color, x, y in _curves(summary, quantity):
-                if quantity == 'sampled':
-                    # No plan, no second gradient.
-                    y = np.nan_to_num(y)
                 if quantity in ('test_accuracy', 'sampled'):
                     y = 100 * y
                 band(axes, x, y, color, label)
@@ -144,7 +150,7 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
             # The two norms on one scale, so that they can be compared.
             axes.set_ylim(0, max(each.get_ylim()[1] for each in panels[1]))
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside upper right', ncols=len(labels))
+        figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
         figure.suptitle(
             f'{summary["name"]}: mean over seeds, band from lowest to highest',
             x=0.01,
@@ -304,6 +310,9 @@ def _curves(
         x = np.asarray([entry['epoch'] for entry in logs[0]])
         # null, where it was not finite, becomes NaN.
         y = np.asarray([[entry[quantity] for entry in log] for log in logs], float)
+        if quantity == 'sampled':
+            # Without a plan: SGD and SAF take no second gradient, ESAM always one.
+            y = np.where(np.isfinite(y), y, method['sampling_rate']['mean'])
         yield method['title'], STYLES.get(name, OTHER)[0], x, y
 
 

@@ -111,9 +111,9 @@ TARGETS = {
 @pytest.mark.parametrize('target', TARGETS)
 def test_methods_converge(name, target):
     w, goal, loss = TARGETS[target]
-    steps = 3000
+    steps = 4000
     # With ρ > 0 until the end they would end up about ρ away from the minimum.
-    rho = optax.linear_schedule(0.02, 0.0, steps - 500)
+    rho = optax.linear_schedule(0.02, 0.0, steps - 1500)
     tx = optax.chain(problems.METHODS[name](rho), optax.adam(0.03))
     step = problems.make_step(tx, loss)
 

@@ -31,7 +31,7 @@ from experiments import (
     tune,
 )
 from experiments.experiment import Experiment
-from experiments.methods import TITLES
+from experiments.methods import title
 from experiments.shards import Shard
 from experiments.train import train
 
@@ -93,6 +93,7 @@ def compare(
         )
         for method in methods
     }
+    titles = {method: title(method, config.methods[method]) for method in methods}
     experiments = {
         method: Experiment(setting, dataset) for method, setting in settings.items()
     }
@@ -113,7 +114,7 @@ def compare(
                         run,
                         path / method / f'seed{seed}',
                         experiment=experiment,
-                        bar=_Titled(bar, f'{TITLES[method]}, seed {seed}'),
+                        bar=_Titled(bar, f'{titles[method]}, seed {seed}'),
                     )
                 )
         bar.advance(steps - bar.done)
@@ -248,7 +249,7 @@ def _summarize(
         for run, reference in zip(runs, runs_of[baseline], strict=True)
     ]
     return {
-        'title': TITLES[method],
+        'title': title(method, runs[0]['config']['methods'][method]),
         'settings': runs[0]['config']['methods'][method],
         'test_accuracy': results.summary(run['test_accuracy'] for run in runs),
         'best_on': runs[0]['best'].get('on', 'validation'),

@@ -4,8 +4,7 @@ import math
 import pathlib
 from typing import Any
 
-from experiments import flatness_plots, results, tables
-from experiments.methods import TITLES
+from experiments import flatness_plots, methods, results, tables
 
 # What says nothing about how a run went.
 _ASIDE = (
@@ -34,16 +33,17 @@ def groups(summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for run, own in zip(summary['runs'], flat, strict=True):
         alike = [other for other in flat if other['method'] == run['method']]
         keys = dict.fromkeys(key for other in alike for key in other)
-        title = TITLES[run['method']] + ''.join(
+        name = run['method']
+        kind = methods.title(name, run['config']['methods'][name]) + ''.join(
             f', {key.rsplit(".", 1)[-1]} {own.get(key)}'
             for key in keys
             if any(other.get(key) != own.get(key) for other in alike)
         )
-        titled.setdefault(title, []).append(run)
-    order = list(TITLES)
-    return dict(
-        sorted(titled.items(), key=lambda item: order.index(item[1][0]['method']))
-    )
+        titled.setdefault(kind, []).append(run)
+    # Others after those that have a title.
+    order = {name: place for place, name in enumerate(methods.TITLES)}
+    place = lambda item: order.get(item[1][0]['method'], len(order))
+    return dict(sorted(titled.items(), key=place))
 
 
 def _flat(settings: Any, where: str = '') -> dict[str, Any]:

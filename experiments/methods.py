@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 import vsam_jax
-from experiments import configuration, quantization
+from experiments import candidates, configuration, quantization
 from experiments.esam import ESAM
 from experiments.saf import SAF
 
@@ -68,6 +68,8 @@ _DIRECTIONS: dict[str, tuple[Callable[..., Any], tuple[bool, ...]]] = {
     'looksam': (vsam_jax.looksam, _BOTH),
     'vsam': (vsam_jax.vsam, _BOTH),
     'steady_vsam': (vsam_jax.steady_vsam, _BOTH),
+    'random_sam': (vsam_jax.random_sam, _BOTH),
+    **{name: (function, _BOTH) for name, function in candidates.CANDIDATES.items()},
 }
 # As they are written in tables and figures.
 TITLES = {
@@ -82,7 +84,17 @@ TITLES = {
 }
 
 
-def base_optimizer(
+def title(name: str, settings: Any = None) -> str:
+    """How a method is written in tables and figures.
+
+    Args:
+        name: ``config.method``.
+        settings: ``config.methods[name]``, which may have a ``title`` of its own.
+    """
+    return dict(settings or {}).get('title') or TITLES.get(name, name)
+
+
+def _sgd_with_momentum(
     num_steps: int,
     learning_rate: float,
     momentum: float = 0.9,
@@ -108,17 +120,66 @@ def base_optimizer(
     )
 
 
+def _adamw(
+    num_steps: int,
+    learning_rate: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW, its learning rate decayed to 0 by a cosine.
+
+    Args:
+        num_steps: after how many steps the learning rate is 0.
+        learning_rate: the first learning rate.
+        b1: the decay of the mean of the directions.
+        b2: the decay of the mean of their squares.
+        weight_decay: added to what is multiplied by the learning rate, times w.
+
+    Returns:
+        An optax transformation.
+    """
+    schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
+    return optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+
+
+_BASES = {'sgd': _sgd_with_momentum, 'adamw': _adamw}
+
+
+def base_optimizer(num_steps: int, settings: Any) -> Any:
+    """What comes after the direction of a method.
+
+    Args:
+        num_steps: the length of the run.
+        settings: ``config.optimizer``: ``name`` is ``'sgd'``, also without it, or
+            ``'adamw'``; the others are the arguments of these functions.
+
+    Returns:
+        An optax transformation.
+
+    Raises:
+        ConfigError: for unknown names and settings.
+    """
+    settings = dict(settings)
+    base = configuration.pick(
+        'config.optimizer.name', _BASES, settings.pop('name', 'sgd')
+    )
+    return configuration.call(base, 'config.optimizer', settings, num_steps=num_steps)
+
+
 def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
     """Makes a method.
 
     Args:
         name: ``config.method``.
-        settings: ``config.methods[name]``, the arguments of the method; in
-            ``optimizer`` it may have arguments of :func:`base_optimizer` of its own,
-            ``stats_tensors`` stands for a ``stats_mask`` of the network's last so
-            many tensors (0: of all), and ``perturb_step_sizes`` (True without it) set
-            to False for a ``perturb_mask`` that leaves the steps of a quantized
-            network where they are.
+        settings: ``config.methods[name]``, the arguments of the method. ``direction``
+            says which method that is, where it is not the name itself, and ``title``
+            how it is called in tables, so that one method may stand there with several
+            settings. In ``optimizer`` it may have settings of the base optimizer of
+            its own. ``stats_tensors`` stands for a ``stats_mask`` of the network's
+            last so many tensors (0: of all), and ``perturb_step_sizes`` (True without
+            it) set to False for a ``perturb_mask`` that leaves the steps of a
+            quantized network where they are.
         optimizer: ``config.optimizer``, those that all methods share.
         task: what it is made for.
 
@@ -128,16 +189,15 @@ def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
     Raises:
         ConfigError: for unknown names and settings.
     """
-    configuration.pick('config.method', TITLES, name)
     where = f'config.methods.{name}'
     settings = dict(settings)
+    settings.pop('title', None)
+    said = 'direction' in settings
+    name = settings.pop('direction', name)
+    field = f'{where}.direction' if said else 'config.method'
+    configuration.pick(field, dict.fromkeys((*_DIRECTIONS, 'esam', 'saf')), name)
     own = dict(settings.pop('optimizer', {}))
-    base = configuration.call(
-        base_optimizer,
-        'config.optimizer',
-        {**optimizer, **own},
-        num_steps=task.num_steps,
-    )
+    base = base_optimizer(task.num_steps, {**optimizer, **own})
     if name == 'esam':
         esam = configuration.call(ESAM, where, settings)
         return Method(base, (), make_step=esam.make_step, always_samples=True)

@@ -19,7 +19,7 @@ from absl import flags
 
 from experiments import configuration, data, progress, results, shards, tables
 from experiments.experiment import Experiment
-from experiments.methods import TITLES
+from experiments.methods import title
 from experiments.shards import Shard
 from experiments.train import train
 
@@ -204,7 +204,7 @@ def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of what was tried."""
     rows = [
         [
-            TITLES[method],
+            title(method, summary['config']['methods'][method]),
             # The last part of a path is what tells settings apart.
             ', '.join(
                 f'{key.rsplit(".", 1)[-1]} {value}'

@@ -56,6 +56,7 @@ def get_config(regime: str = 'noisy') -> ml_collections.ConfigDict:
         config[key] = 2 if noisy else 1
     config.checkpoint_every = 10 if noisy else 1
 
+    config.compare.methods += ('steady_vsam',)
     for name in config.compare.methods:
         config.methods[name].optimizer = {'learning_rate': 0.1}
     vsam = config.methods.vsam
@@ -73,6 +74,7 @@ def get_config(regime: str = 'noisy') -> ml_collections.ConfigDict:
         'looksam': (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15),
         'esam': (0.02, 0.05, 0.1, 0.15, 0.2),
         'vsam': (0.2, 0.3, 0.4, 0.55),
+        'steady_vsam': (0.15, 0.2, 0.3, 0.4),
     }
     if not noisy:
         rhos = dict.fromkeys(rhos, (0.02, 0.05, 0.1))

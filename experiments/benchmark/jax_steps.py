@@ -1,0 +1,181 @@
+"""Compiled training steps in JAX, and the train states that they carry on."""
+
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import vsam_jax
+from experiments.benchmark import variants
+from experiments.benchmark.problems import Problem
+
+TrainStep = Callable[..., tuple[vsam_jax.TrainState, Any]]
+
+
+def train_step(problem: Problem) -> TrainStep:
+    """``train_step(state, batch, *, sample) -> (state, loss)`` of a network."""
+
+    def loss_fn(params: Any, batch_stats: Any, batch: Any, key: Any) -> Any:
+        del key
+        inputs, labels = batch
+        logits, updated = problem.model.apply(
+            {'params': params, 'batch_stats': batch_stats},
+            inputs,
+            train=True,
+            mutable=['batch_stats'],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), (updated.get('batch_stats', {}), losses.mean())
+
+    return vsam_jax.make_train_step(loss_fn)
+
+
+def new_state(
+    problem: Problem, tx: optax.GradientTransformation
+) -> vsam_jax.TrainState:
+    """The state of step 0."""
+    inputs, _ = problem.batch()
+    # Jitted, because op by op it would take minutes for a large network.
+    init = jax.jit(lambda key, x: problem.model.init(key, x, train=True))
+    variables = init(jax.random.key(0), jnp.asarray(inputs))
+    return vsam_jax.TrainState.create(
+        apply_fn=problem.model.apply,
+        params=variables['params'],
+        batch_stats=variables.get('batch_stats', {}),
+        tx=tx,
+    )
+
+
+def abstract_state(problem: Problem, tx: optax.GradientTransformation) -> Any:
+    """Shapes and dtypes of the state of step 0; nothing is computed."""
+    return jax.eval_shape(lambda: new_state(problem, tx))
+
+
+class Program:
+    """One compiled step.
+
+    Args:
+        step: ``train_step(state, batch, *, sample)``.
+        state: a state or its shapes.
+        batch: a mini-batch or its shapes.
+        decision: what decides the step.
+
+    Attributes:
+        executable: what runs.
+        arguments: its arguments after state and batch.
+        compile_seconds: of tracing and compiling.
+        flops: additions and multiplications of a call as the network is written,
+            None where that is not known.
+        conditionals: how many there are in the program.
+    """
+
+    def __init__(
+        self, step: TrainStep, state: Any, batch: Any, decision: variants.Decision
+    ):
+        sample, self.arguments = variants.sample_of(decision)
+
+        def program(state: Any, batch: Any, *traced: jax.Array) -> Any:
+            return step(state, batch, sample=traced[0] if traced else sample)
+
+        start = time.perf_counter()
+        jitted = jax.jit(program, donate_argnums=0)
+        with warnings.catch_warnings():
+            # What is slow in a traced step is what is measured here.
+            warnings.simplefilter('ignore', RuntimeWarning)
+            lowered = jitted.lower(state, batch, *self.arguments)
+        self.executable = lowered.compile()
+        self.compile_seconds = time.perf_counter() - start
+        cost: Any = lowered.cost_analysis()
+        self.flops = (cost or {}).get('flops')
+        self.conditionals = (self.executable.as_text() or '').count(' conditional(')
+
+
+class Session:
+    """A train state and the programs that may carry it on.
+
+    Args:
+        problem: the network.
+        tx: the optimizer.
+    """
+
+    def __init__(self, problem: Problem, tx: optax.GradientTransformation):
+        self.state = new_state(problem, tx)
+        self._batch = jax.device_put(problem.batch())
+        self._step = train_step(problem)
+        self._programs: dict[str, Program] = {}
+
+    def program(self, decision: variants.Decision) -> Program:
+        """The program of a decision, compiled when it is first asked for."""
+        if decision not in self._programs:
+            self._programs[decision] = Program(
+                self._step, self.state, self._batch, decision
+            )
+        return self._programs[decision]
+
+    def call(self, program: Program) -> None:
+        """Runs a program once; does not wait for it."""
+        self.state, _ = program.executable(self.state, self._batch, *program.arguments)
+
+
+class JaxRunner:
+    """Times one variant.
+
+    Args:
+        session: whose state is carried on.
+        variant: which programs are called, and how many steps that is.
+
+    Attributes:
+        steps: how many optimizer steps a cycle is.
+        compile_seconds: of its programs.
+        flops: of a step, or None.
+        conditionals: in its programs.
+    """
+
+    library = 'JAX'
+
+    def __init__(self, session: Session, variant: variants.Variant):
+        self._session = session
+        self._calls = [session.program(decision) for decision in variant.calls]
+        programs = list(dict.fromkeys(self._calls))
+        self.steps = variant.steps
+        self.compile_seconds = sum(program.compile_seconds for program in programs)
+        self.conditionals = sum(program.conditionals for program in programs)
+        flops = [program.flops for program in self._calls]
+        self.flops = None if None in flops else sum(flops) / variant.steps
+
+    def run(self, cycles: int) -> float:
+        """Makes some cycles of steps and returns the seconds that a step took."""
+        start = time.perf_counter()
+        for _ in range(cycles):
+            for program in self._calls:
+                self._session.call(program)
+        jax.block_until_ready(self._session.state)
+        return (time.perf_counter() - start) / (cycles * self.steps)
+
+
+def runners(
+    problem: Problem, names: tuple[str, ...] = tuple(variants.VARIANTS)
+) -> dict[str, JaxRunner]:
+    """Runners of variants by title, those of one optimizer with one state.
+
+    Args:
+        problem: the network.
+        names: which of :data:`variants.VARIANTS`.
+
+    Returns:
+        A runner each; the first one is that of the base optimizer.
+    """
+    sessions: dict[str, Session] = {}
+    made: dict[str, JaxRunner] = {}
+    for name in names:
+        variant = variants.VARIANTS[name]
+        if variant.optimizer not in sessions:
+            tx = variants.OPTIMIZERS[variant.optimizer](problem.base)
+            sessions[variant.optimizer] = Session(problem, tx)
+        title = problem.base if name == variants.BASE else name
+        made[title] = JaxRunner(sessions[variant.optimizer], variant)
+    return made

@@ -1,0 +1,83 @@
+"""Times of several ways to make a step, interleaved.
+
+Every runner makes a few steps in turn, round after round, in a new order each time.
+A cost is the median over the rounds of (its time / the time of another one in the
+same round), so that whatever else the machine does in a round touches both.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from experiments import results
+
+# A runner runs for about so many seconds in a round.
+_SECONDS = 0.3
+# One that is this many times slower than the first one is timed in few rounds.
+_SLOW = 8.0
+_ROUNDS_OF_SLOW = 3
+
+
+class Runner(Protocol):
+    """Something that makes steps and says how long they took."""
+
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps a cycle is."""
+        ...
+
+    def run(self, cycles: int) -> float:
+        """Makes some cycles of steps and returns the seconds that a step took."""
+        ...
+
+
+def interleaved(
+    runners: Mapping[str, Runner],
+    rounds: int,
+    steps: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, dict[int, float]]:
+    """Times runners in turn.
+
+    Args:
+        runners: by name; the first one is the quick one.
+        rounds: how many rounds.
+        steps: how many steps a runner makes in a round, or more if they are short.
+        advance: called after every round, for a progress bar.
+
+    Returns:
+        For each name the seconds of a step, by number of the round.
+    """
+    warm = {name: runner.run(1) for name, runner in runners.items()}
+    first = next(iter(runners))
+    warm[first] = runners[first].run(1)
+    slow = {name for name in runners if warm[name] > _SLOW * warm[first]}
+    steps = max(steps, math.ceil(_SECONDS / warm[first]))
+    seconds: dict[str, dict[int, float]] = {name: {} for name in runners}
+    order = np.random.default_rng(0)
+    for number in range(rounds):
+        for name in order.permutation(list(runners)):
+            if name not in slow:
+                cycles = math.ceil(steps / runners[name].steps)
+                seconds[name][number] = runners[name].run(cycles)
+            elif number < _ROUNDS_OF_SLOW:
+                seconds[name][number] = runners[name].run(1)
+        advance()
+    return seconds
+
+
+def ratios(
+    seconds: Mapping[str, Mapping[int, float]], name: str, to: str
+) -> dict[str, Any]:
+    """Median and quartiles of a time as a multiple of another of the same round."""
+    return results.quartiles(
+        seconds[name][i] / seconds[to][i] for i in seconds[name] if i in seconds[to]
+    )
+
+
+def milliseconds(seconds: Mapping[int, float]) -> float:
+    """The median of the times of a step."""
+    return 1e3 * statistics.median(seconds.values())

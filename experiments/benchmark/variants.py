@@ -1,0 +1,114 @@
+"""The ways in JAX to make a step: vSAM's, and those of its peers."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+import vsam_jax
+
+RHO = 0.05
+LEARNING_RATE = {'SGD': 0.01, 'AdamW': 1e-4}
+MOMENTUM = 0.9
+WEIGHT_DECAY = {'SGD': 5e-4, 'AdamW': 1e-2}
+# Of a run in which one step in five is sampled, as LookSAM does it.
+PERIOD = 5
+
+# What decides a step: nothing (no second gradient to decide about), the program
+# (planned), or an argument of the program (traced).
+Decision = Literal['none', 'sampled', 'reuse', 'traced sampled', 'traced reuse']
+
+
+def base(name: str) -> optax.GradientTransformation:
+    """The optimizer without a second gradient: ``'SGD'`` or ``'AdamW'``."""
+    rate, decay = LEARNING_RATE[name], WEIGHT_DECAY[name]
+    if name == 'AdamW':
+        return optax.adamw(rate, weight_decay=decay)
+    return optax.chain(
+        optax.add_decayed_weights(decay), optax.sgd(rate, momentum=MOMENTUM)
+    )
+
+
+def optax_sam(name: str, opaque: bool) -> optax.GradientTransformationExtraArgs:
+    """The peer: ``optax.contrib.sam`` around the same base optimizer.
+
+    Args:
+        name: of the base optimizer.
+        opaque: whether one update takes both gradients. If not, every other update
+            moves the parameters up or down the hill, and two are one step.
+
+    Returns:
+        A transformation that takes what a train step passes to ``update``.
+    """
+    sam = optax.contrib.sam(
+        base(name),
+        optax.chain(optax.contrib.normalize(), optax.sgd(RHO)),
+        opaque_mode=opaque,
+    )
+
+    def update(
+        grads: Any, state: Any, params: Any, *, grad_fn: Any, **_: Any
+    ) -> tuple[Any, Any]:
+        second: Any = lambda p, i: grad_fn(p)
+        return sam.update(grads, state, params, grad_fn=second)
+
+    return optax.GradientTransformationExtraArgs(sam.init, update)  # pyright: ignore[reportArgumentType]
+
+
+def vsam(name: str, **settings: Any) -> optax.GradientTransformation:
+    """vSAM before the same base optimizer."""
+    return optax.chain(vsam_jax.vsam(RHO, **settings), base(name))
+
+
+OPTIMIZERS: dict[str, Callable[[str], optax.GradientTransformation]] = {
+    'base': base,
+    'optax opaque': lambda name: optax_sam(name, opaque=True),
+    'optax transparent': lambda name: optax_sam(name, opaque=False),
+    'vsam': vsam,
+}
+
+
+class Variant(NamedTuple):
+    """One way to make a step.
+
+    Attributes:
+        optimizer: which of :data:`OPTIMIZERS`.
+        calls: the decisions of the calls that are timed together.
+        steps: how many optimizer steps these calls are.
+    """
+
+    optimizer: str
+    calls: tuple[Decision, ...]
+    steps: int = 1
+
+
+BASE = 'base'
+OPTAX_SAM = 'optax.contrib.sam'
+SAMPLED = 'vSAM planned, sampled step'
+REUSE = 'vSAM planned, reuse step'
+TRACED_SAMPLED = 'vSAM traced, sampled step'
+TRACED_REUSE = 'vSAM traced, reuse step'
+
+# By the title of a row; that of BASE is the name of the optimizer.
+VARIANTS: dict[str, Variant] = {
+    BASE: Variant('base', ('none',)),
+    OPTAX_SAM: Variant('optax opaque', ('none',)),
+    'optax.contrib.sam, transparent': Variant('optax transparent', ('none', 'none')),
+    SAMPLED: Variant('vsam', ('sampled',)),
+    REUSE: Variant('vsam', ('reuse',)),
+    f'vSAM planned, one step in {PERIOD} sampled': Variant(
+        'vsam', ('sampled', *('reuse',) * (PERIOD - 1)), steps=PERIOD
+    ),
+    TRACED_SAMPLED: Variant('vsam', ('traced sampled',)),
+    TRACED_REUSE: Variant('vsam', ('traced reuse',)),
+}
+
+
+def sample_of(decision: Decision) -> tuple[bool | None, tuple[Any, ...]]:
+    """``sample`` of a train step, and arguments of its program besides the batch."""
+    if decision == 'none':
+        return None, ()
+    if decision.startswith('traced'):
+        return None, (jnp.array(decision == 'traced sampled'),)
+    return decision == 'sampled', ()

@@ -1,0 +1,213 @@
+"""When to sample and how to reuse: candidates on digits, for runs of any length.
+
+``--config=experiments/configs/controllers.py:TASK`` with a name of :data:`TASKS`. All
+candidates stand on three of them, the main ones on the others. Each is tuned
+(``experiments.tune``) over the same radii, and compared with SAM at its own best and at
+SAM's settings (``experiments.controllers``).
+"""
+
+from typing import Any
+
+import ml_collections
+
+from experiments.configs import digits
+
+# By name: the network, how many epochs of ten steps, the share of wrong labels, the
+# window of the published controller, and whether all candidates take part.
+TASKS: dict[str, tuple[str, int, float, int, bool]] = {
+    'mlp_200': ('mlp', 20, 0.4, 10, True),
+    'mlp_600': ('mlp', 60, 0.4, 10, True),
+    'mlp_2000': ('mlp', 200, 0.4, 10, True),
+    'mlp_20000': ('mlp', 2000, 0.4, 50, False),
+    'clean_600': ('mlp', 60, 0.0, 10, False),
+    'cnn_600': ('cnn', 60, 0.4, 10, False),
+    'vit_600': ('vit', 60, 0.4, 10, False),
+}
+RHOS = {
+    'mlp': (0.25, 0.5, 1.0, 1.4, 2.0),
+    'cnn': (0.5, 1.0, 1.4, 2.0),
+    'vit': (0.1, 0.2, 0.4, 0.8),
+}
+
+
+def _candidates(window: int, steps: int, every_one: bool) -> dict[str, dict[str, Any]]:
+    """Settings of each candidate, or of those that take part in all tasks."""
+    published = {'window': window, 'warmup_steps': 2 * window - 1}
+    # As many windows as the reference has, times its gain, make the same growth.
+    gain = min(0.13 * (78_000 / 50) / (steps / window), 4.0)
+    everywhere = {
+        'every_third': {'direction': 'periodic', 'title': 'every 3rd, β = 0.7'},
+        'no_reuse': {
+            'direction': 'periodic',
+            'title': 'every 3rd, no reuse',
+            'reuse_steps': 0,
+        },
+        'mean_one': {
+            'direction': 'periodic',
+            'title': 'every 3rd, β = 0.7, mean weight 1',
+            'mean_one': True,
+        },
+        'steady_03': {
+            'direction': 'steady_vsam',
+            'title': 'steady, η = 0.3',
+            'tolerance': 0.3,
+        },
+        'steady_05': {
+            'direction': 'steady_vsam',
+            'title': 'steady, η = 0.5',
+            'tolerance': 0.5,
+        },
+        'first_third': {
+            'direction': 'from_rate',
+            'title': 'published, b₀ = K/3',
+            **published,
+        },
+    }
+    further = {
+        'undecayed': {
+            'direction': 'periodic',
+            'title': 'every 3rd, weight 1',
+            'decay': 1.0,
+        },
+        'averaged': {
+            'direction': 'periodic',
+            'title': 'every 3rd, average of PSFs (0.8)',
+            'decay': 1.0,
+            'average': 0.8,
+        },
+        'at_random': {
+            'direction': 'periodic',
+            'title': 'one in three at random, β = 0.7',
+            'at_random': True,
+        },
+        'steady_01': {
+            'direction': 'steady_vsam',
+            'title': 'steady, η = 0.1',
+            'tolerance': 0.1,
+        },
+        'steady_fifth': {
+            'direction': 'steady_vsam',
+            'title': 'steady, η = 0.3, every 5th',
+            'every': 5,
+        },
+        'staleness_05': {
+            'direction': 'measured',
+            'title': 'staleness held at 0.5',
+            'tolerance': 0.5,
+        },
+        'staleness_1': {
+            'direction': 'measured',
+            'title': 'staleness held at 1',
+            'tolerance': 1.0,
+        },
+        'fitted': {
+            'direction': 'measured',
+            'title': 'every 3rd, fitted weight',
+            'fitted': True,
+        },
+        'late': {
+            'direction': 'scheduled',
+            'title': 'SAM in the last third',
+            'num_steps': steps,
+            'start': 2 / 3,
+        },
+        'rising': {
+            'direction': 'scheduled',
+            'title': 'rate rising from 0 to 2/3',
+            'num_steps': steps,
+            'last_rate': 2 / 3,
+        },
+        'scaled_gains': {
+            'direction': 'vsam',
+            'title': 'published, gains scaled by length',
+            **published,
+            'norm_gain': gain,
+            'variance_gain': gain,
+            'max_rate': 0.4,
+        },
+        'no_norm_gain': {
+            'direction': 'vsam',
+            'title': 'published, α₁ = 0',
+            **published,
+            'norm_gain': 0.0,
+        },
+        'no_variance_gain': {
+            'direction': 'vsam',
+            'title': 'published, α₂ = 0',
+            **published,
+            'variance_gain': 0.0,
+        },
+        'published_undecayed': {
+            'direction': 'vsam',
+            'title': 'published, β = 1',
+            **published,
+            'decay': 1.0,
+        },
+        'published_no_reuse': {
+            'direction': 'vsam',
+            'title': 'published, no reuse',
+            **published,
+            'reuse_steps': 0,
+        },
+        'published_long': {
+            'direction': 'vsam',
+            'title': f'published, K = {2 * window}',
+            'window': 2 * window,
+            'warmup_steps': 4 * window - 1,
+        },
+    }
+    return everywhere | further if every_one else everywhere
+
+
+def get_config(task: str = 'mlp_600') -> ml_collections.ConfigDict:
+    """Every number of a run.
+
+    Args:
+        task: one of :data:`TASKS`.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: for another task.
+    """
+    if task not in TASKS:
+        raise ValueError(f'task must be one of {", ".join(TASKS)}; got {task!r}.')
+    network, epochs, noise, window, every_one = TASKS[task]
+    config: Any = digits.get_config()
+    config.name = f'controllers_{task}'
+    config.model, config.epochs, config.label_noise = network, epochs, noise
+    config.models.vit = {
+        'patch': 2,
+        'width': 32,
+        'depth': 2,
+        'heads': 2,
+        'dtype': 'float32',
+    }
+    # Ten looks are enough.
+    config.log_every = config.eval_every = max(epochs // 10, 2)
+    rates = (0.003, 0.007, 0.02, 0.1)
+    if network == 'vit':
+        config.optimizer = {'name': 'adamw', 'learning_rate': 3e-3, 'weight_decay': 0.1}
+        rates = (1e-4, 3e-4, 1e-3, 3e-3)
+    config.methods.vsam.update({'window': window, 'warmup_steps': 2 * window - 1})
+    candidates = _candidates(window, 10 * epochs, every_one)
+    for name, settings in candidates.items():
+        config.methods[name] = {'rho': 1.0, **settings}
+    names = ('sgd', 'sam', 'vsam', *candidates)
+    # Seeds of what takes long are fewer.
+    quick = network == 'mlp' and epochs <= 200
+    seeds = tuple(range(20, 30 if quick else 25))
+    config.compare.update({'methods': names, 'seeds': seeds})
+    config.tune = {
+        'seeds': (200, 201, 202) if quick else (200, 201),
+        'grid': (
+            ('sgd', 'methods.sgd.optimizer.learning_rate', rates, {}),
+            *(
+                (name, f'methods.{name}.rho', RHOS[network], {})
+                for name in names
+                if name != 'sgd'
+            ),
+        ),
+    }
+    return config

@@ -93,7 +93,7 @@ def measure(
     sam = [run['test_accuracy'] for run in runs['sam']['own']]
     summary = {
         'name': config.name,
-        'num_steps': runs['sam']['own'][0]['num_steps'],
+        'num_steps': runs['sam']['own'][0]['steps'],
         'seeds': list(seeds),
         'methods': {
             method: {

@@ -206,7 +206,7 @@ def test_a_method_may_have_a_learning_rate_of_its_own(config):
 
 
 def test_the_learning_rate_ends_at_zero():
-    tx = methods.base_optimizer(num_steps=3, learning_rate=1.0, momentum=0.0)
+    tx = methods.base_optimizer(3, {'learning_rate': 1.0, 'momentum': 0.0})
     state = tx.init(jnp.ones(()))
     sizes = []
     for _ in range(4):

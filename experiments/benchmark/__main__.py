@@ -1,263 +1,123 @@
-"""What one optimizer step costs, as a multiple of the SGD step.
+"""What one optimizer step costs, as a multiple of the base optimizer's step.
 
     python -m experiments.benchmark --output=experiments/results/benchmark.json
 
-Every variant makes a few steps in turn, round after round, in a new order each
+Every way to make a step makes a few in turn, round after round, in a new order each
 time; a cost is the median over the rounds of (its time / the time of SGD in the same
-round), so that whatever else the machine does in a round touches both.
+round), so that whatever else the machine does in a round touches both. Peers in
+PyTorch take part where ``torch`` and ``pytorch_optimizer`` are installed.
 """
 
-import math
+import importlib.util
+import os
 import pathlib
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from absl import app, flags
-from rich import console, progress, table
+from rich import console, progress
 
-import vsam_jax
-from experiments import models, results
-from experiments.networks import vit
+from experiments import results, tables
+from experiments.benchmark import peak, problems, report, steps, sweeps, whole_runs
 
-_RHO = 0.05
-# A variant runs for about so many seconds in a round.
-_SECONDS = 0.3
-# A variant that is this many times slower than SGD is timed in few rounds.
-_SLOW = 8.0
-_ROUNDS_OF_SLOW = 3
+PARTS = ('steps', 'sweeps', 'runs')
 
 
-class Problem(NamedTuple):
-    """A network and the shape of its mini-batch.
-
-    Attributes:
-        title: for the table.
-        model: called as ``model.apply(variables, images, train=True)``.
-        shape: of a mini-batch of images.
-        num_classes: the number of logits.
-    """
-
-    title: str
-    model: nn.Module
-    shape: tuple[int, ...]
-    num_classes: int
+def torch_is_there() -> bool:
+    """Whether the peers in PyTorch can take part."""
+    return all(map(importlib.util.find_spec, ('torch', 'pytorch_optimizer')))
 
 
-class _MLP(nn.Module):
-    width: int
-    depth: int
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        del train
-        for _ in range(self.depth):
-            x = nn.relu(nn.Dense(self.width)(x))
-        return nn.Dense(self.num_classes)(x)
-
-
-PROBLEMS: dict[str, Callable[[], Problem]] = {
-    'convolutions': lambda: Problem(
-        'small ResNet, width 32, 32×32 images, batch 128',
-        models.create('small_resnet', {'width': 32}, num_classes=10),
-        (128, 32, 32, 3),
-        10,
-    ),
-    'transformer': lambda: Problem(
-        'ViT of 4 blocks, width 192, 64 tokens, batch 64',
-        vit.ViT(num_classes=10, depth=4),
-        (64, 32, 32, 3),
-        10,
-    ),
-    # The worst case: little computation for many parameters.
-    'mlp': lambda: Problem(
-        'MLP of 4 × 1024², batch 256',
-        _MLP(width=1024, depth=4, num_classes=10),
-        (256, 1024),
-        10,
-    ),
-    # For trying the command out.
-    'tiny': lambda: Problem(
-        'MLP of 1 × 16², batch 8', _MLP(width=16, depth=1, num_classes=4), (8, 16), 4
-    ),
-}
-
-
-def _base() -> optax.GradientTransformation:
-    return optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.01, momentum=0.9))
-
-
-def optax_sam() -> optax.GradientTransformationExtraArgs:
-    """The peer: optax.contrib.sam around the same base optimizer, opaque mode."""
-    sam = optax.contrib.sam(
-        _base(),
-        optax.chain(optax.contrib.normalize(), optax.sgd(_RHO)),
-        opaque_mode=True,
-    )
-
-    def update(
-        grads: Any, state: Any, params: Any, *, grad_fn: Any, **_: Any
-    ) -> tuple[Any, Any]:
-        second: Any = lambda p, i: grad_fn(p)
-        return sam.update(grads, state, params, grad_fn=second)
-
-    return optax.GradientTransformationExtraArgs(sam.init, update)  # pyright: ignore[reportArgumentType]
-
-
-class Variant(NamedTuple):
-    """One way to make a step.
-
-    Attributes:
-        tx: the whole optimizer.
-        sample: passed to ``update``: a Python bool makes a planned step.
-        traced: the decision of a traced step, an argument of the program.
-    """
-
-    tx: Callable[[], optax.GradientTransformation]
-    sample: bool | None = None
-    traced: bool | None = None
-
-
-def _vsam() -> optax.GradientTransformation:
-    return optax.chain(vsam_jax.vsam(_RHO), _base())
-
-
-VARIANTS: dict[str, Variant] = {
-    'SGD': Variant(_base),
-    'optax.contrib.sam': Variant(optax_sam),
-    'vSAM planned, sampled step': Variant(_vsam, sample=True),
-    'vSAM planned, reuse step': Variant(_vsam, sample=False),
-    'vSAM traced, sampled step': Variant(_vsam, traced=True),
-    'vSAM traced, reuse step': Variant(_vsam, traced=False),
-}
-
-
-class Runner:
-    """A compiled step and the state that it carries on.
+class _Benchmark:
+    """A benchmark that is under way; its file always holds what there is.
 
     Args:
-        problem: the network.
-        variant: how to make a step.
+        output: the JSON file.
+        screen: what is printed on.
+        bars: shows how far it is.
+        number: of rounds.
     """
 
-    def __init__(self, problem: Problem, variant: Variant):
-        rng = np.random.default_rng(0)
-        images = jnp.asarray(rng.normal(size=problem.shape), jnp.float32)
-        labels = jnp.asarray(rng.integers(problem.num_classes, size=problem.shape[0]))
-        self._batch = (images, labels)
-        variables = problem.model.init(jax.random.key(0), images, train=True)
-
-        def loss_fn(params: Any, batch_stats: Any, batch: Any, key: Any) -> Any:
-            del key
-            images, labels = batch
-            logits, updated = problem.model.apply(
-                {'params': params, 'batch_stats': batch_stats},
-                images,
-                train=True,
-                mutable=['batch_stats'],
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), (updated.get('batch_stats', {}), losses.mean())
-
-        tx = variant.tx()
-        self._state = vsam_jax.TrainState.create(
-            apply_fn=problem.model.apply,
-            params=variables['params'],
-            batch_stats=variables.get('batch_stats', {}),
-            tx=tx,
-        )
-        train_step = vsam_jax.make_train_step(loss_fn)
-        self._decision = () if variant.traced is None else (jnp.array(variant.traced),)
-
-        def step(state: Any, batch: Any, *decision: jax.Array) -> Any:
-            sample = decision[0] if decision else variant.sample
-            return train_step(state, batch, sample=sample)
-
-        start = time.perf_counter()
-        jitted = jax.jit(step, donate_argnums=0)
-        self._step = jitted.lower(self._state, self._batch, *self._decision).compile()
-        self.compile_seconds = time.perf_counter() - start
-        self.conditionals = (self._step.as_text() or '').count(' conditional(')
-
-    def run(self, steps: int) -> float:
-        """Makes some steps and returns the seconds that one took."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self._state, _ = self._step(self._state, self._batch, *self._decision)
-        jax.block_until_ready(self._state)
-        return (time.perf_counter() - start) / steps
-
-
-def measure(
-    problem: Problem, *, rounds: int, steps: int, advance: Callable[[], None]
-) -> dict[str, Any]:
-    """Times all variants on one problem.
-
-    Args:
-        problem: the network.
-        rounds: how many rounds.
-        steps: how many steps a variant makes in a round, or more if they are short.
-        advance: called after every round, for a progress bar.
-
-    Returns:
-        For each variant its cost as a multiple of SGD (median, quartiles and the
-        number of rounds), its cost as a multiple of optax.contrib.sam, seconds of
-        compilation and of a step, and the number of conditionals in its program.
-    """
-    runners = {name: Runner(problem, variant) for name, variant in VARIANTS.items()}
-    warm = {name: runner.run(1) for name, runner in runners.items()}
-    steps = max(steps, math.ceil(_SECONDS / runners['SGD'].run(1)))
-    slow = {name for name in runners if warm[name] > _SLOW * warm['SGD']}
-    seconds: dict[str, dict[int, float]] = {name: {} for name in runners}
-    order = np.random.default_rng(0)
-    for number in range(rounds):
-        for name in order.permutation(list(runners)):
-            if name not in slow:
-                seconds[name][number] = runners[name].run(steps)
-            elif number < _ROUNDS_OF_SLOW:
-                seconds[name][number] = runners[name].run(1)
-        advance()
-
-    def ratios(name: str, to: str) -> list[float]:
-        return [seconds[name][i] / seconds[to][i] for i in seconds[name]]
-
-    return {
-        name: {
-            'times_sgd': results.quartiles(ratios(name, 'SGD')),
-            'times_optax_sam': results.quartiles(ratios(name, 'optax.contrib.sam')),
-            'rounds': len(seconds[name]),
-            'steps_per_round': 1 if name in slow else steps,
-            'compile_seconds': runner.compile_seconds,
-            'step_milliseconds': 1e3 * statistics.median(seconds[name].values()),
-            'conditionals': runner.conditionals,
+    def __init__(
+        self,
+        output: pathlib.Path,
+        screen: console.Console,
+        bars: progress.Progress,
+        number: int,
+    ):
+        self._output = output
+        self._screen = screen
+        self._bars = bars
+        self._number = number
+        self.content: dict[str, Any] = {
+            'command': results.command(),
+            **results.environment(),
+            'xla_flags': os.environ.get('XLA_FLAGS', ''),
+            'rounds': number,
         }
-        for name, runner in runners.items()
-    }
 
+    def save(self) -> None:
+        results.write_json(self._output, self.content)
 
-def show(title: str, rows: dict[str, Any]) -> table.Table:
-    """The table of one problem."""
-    view = table.Table(title=title)
-    for header in ('step', '× SGD', 'quartiles', '× optax SAM', 'ms', 'compile, s'):
-        view.add_column(header, justify='left' if header == 'step' else 'right')
-    for name, row in rows.items():
-        cost = row['times_sgd']
-        view.add_row(
-            name,
-            f'{cost["median"]:.2f}',
-            f'{cost["low"]:.2f}–{cost["high"]:.2f}',
-            f'{row["times_optax_sam"]["median"]:.2f}',
-            f'{row["step_milliseconds"]:.1f}',
-            f'{row["compile_seconds"]:.1f}',
-        )
-    return view
+    def bar(self, name: str, total: int) -> Any:
+        """A bar's function that moves it on by one."""
+        bar = self._bars.add_task(name, total=total)
+        return lambda: self._bars.advance(bar)
+
+    def steps(
+        self, names: Sequence[str], least: int, with_torch: bool
+    ) -> None:
+        torch_runners = None
+        if with_torch:
+            # Not there for most, and takes seconds to import.
+            from experiments.benchmark import torch_steps
+
+            torch_runners = torch_steps.runners
+            self.content['versions'] |= torch_steps.versions()
+        peaks = self.content['matrix_peak'] = peak.measure()
+        found = self.content['problems'] = {}
+        for name in names:
+            problem = problems.PROBLEMS[name]()
+            found[name] = steps.measure(
+                problem,
+                number=self._number,
+                steps=least,
+                torch_runners=torch_runners,
+                advance=self.bar(name, self._number),
+            )
+            model: Any = problem.model
+            highest = peaks.get(jax.numpy.dtype(model.dtype).name)
+            for row in found[name]['steps'].values():
+                if highest and row['flops']:
+                    rate = 1e3 * row['flops'] / row['step_milliseconds']
+                    row['share_of_peak'] = rate / highest
+            self.save()
+            tables.show(problem.full_title, *report.on_screen(found[name]))
+
+    def sweeps(self, largest: int) -> None:
+        found = self.content['sweeps'] = {}
+        for name, points in sweeps.points(largest).items():
+            advance = self.bar(name, self._number * len(points))
+            found[name] = []
+            for point in points:
+                found[name].append(sweeps.measure(point, self._number, advance))
+                self.save()
+            tables.show(name, *report.of_sweep(name, found[name]))
+
+    def runs(self, names: Sequence[str], windows: int, chunk: int) -> None:
+        found = self.content['whole_runs'] = {}
+        for name in names:
+            problem = problems.PROBLEMS[name]()
+            found[name] = {'title': problem.full_title, 'runs': {}}
+            advance = self.bar(f'{name}: whole runs', len(whole_runs.METHODS))
+            for method in whole_runs.METHODS:
+                found[name]['runs'][method] = whole_runs.measure(
+                    problem, method, windows=windows, chunk=chunk
+                )
+                advance()
+                self.save()
+        tables.show('Whole runs', *report.of_runs(found))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -265,45 +125,50 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f'unknown arguments: {" ".join(arguments[1:])}')
     options: Any = flags.FLAGS
-    rounds, steps = options.rounds, options.steps
+    # Two libraries share a GPU's memory.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+    names = options.problems or problems.default_names()
     output = pathlib.Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    measured = {}
     screen = console.Console()
+    with_torch = options.torch and torch_is_there()
+    if options.torch and not with_torch and 'steps' in options.parts:
+        screen.print(
+            'PyTorch peers are left out: torch and pytorch_optimizer are not installed.'
+        )
     with progress.Progress(console=screen) as bars:
-        for name in options.problems:
-            problem = PROBLEMS[name]()
-            bar = bars.add_task(name, total=rounds)
-            rows = measure(
-                problem,
-                rounds=rounds,
-                steps=steps,
-                advance=lambda b=bar: bars.advance(b),
-            )
-            measured[name] = {'title': problem.title, 'steps': rows}
-            screen.print(show(problem.title, rows))
-            results.write_json(
-                output,
-                {
-                    'command': results.command(),
-                    **results.environment(),
-                    'rounds': rounds,
-                    'problems': measured,
-                },
-            )
-    screen.print(f'written to {output}')
+        benchmark = _Benchmark(output, screen, bars, options.rounds)
+        if 'steps' in options.parts:
+            benchmark.steps(names, options.steps, with_torch)
+        if 'sweeps' in options.parts:
+            benchmark.sweeps(options.largest)
+        if 'runs' in options.parts:
+            benchmark.runs(names, options.windows, options.chunk)
+    for file in (output, *report.write(benchmark.content, output)):
+        screen.print(f'written to {file}')
 
 
 def define_flags() -> None:
     """Defines the flags; called by the program, not on import."""
+    flags.DEFINE_multi_enum('parts', list(PARTS), list(PARTS), 'What to measure.')
     flags.DEFINE_multi_enum(
         'problems',
-        ['convolutions', 'transformer', 'mlp'],
-        list(PROBLEMS),
-        'What to measure.',
+        [],
+        list(problems.PROBLEMS),
+        'On what. By default what suits the device.',
     )
     flags.DEFINE_integer('rounds', 11, 'How many rounds.', lower_bound=1)
     flags.DEFINE_integer('steps', 2, 'Least steps in a round.', lower_bound=1)
+    flags.DEFINE_integer(
+        'windows', 7, 'Chunks of whole windows that a run is timed over.', lower_bound=1
+    )
+    flags.DEFINE_integer(
+        'chunk', whole_runs.CHUNK, 'Steps of such a chunk.', lower_bound=1
+    )
+    flags.DEFINE_integer(
+        'largest', 10**8, 'Parameters of the largest MLP of the sweeps.', lower_bound=1000
+    )
+    flags.DEFINE_bool('torch', True, 'Whether peers in PyTorch take part.')
     flags.DEFINE_string('output', 'runs/benchmark.json', 'The result file.')
 
 

@@ -158,13 +158,16 @@ class JaxRunner:
 
 
 def runners(
-    problem: Problem, names: tuple[str, ...] = tuple(variants.VARIANTS)
+    problem: Problem,
+    names: tuple[str, ...] = tuple(variants.VARIANTS),
+    **settings: Any,
 ) -> dict[str, JaxRunner]:
     """Runners of variants by title, those of one optimizer with one state.
 
     Args:
         problem: the network.
         names: which of :data:`variants.VARIANTS`.
+        **settings: of vSAM.
 
     Returns:
         A runner each; the first one is that of the base optimizer.
@@ -174,7 +177,8 @@ def runners(
     for name in names:
         variant = variants.VARIANTS[name]
         if variant.optimizer not in sessions:
-            tx = variants.OPTIMIZERS[variant.optimizer](problem.base)
+            given = settings if variant.optimizer == 'vsam' else {}
+            tx = variants.OPTIMIZERS[variant.optimizer](problem.base, **given)
             sessions[variant.optimizer] = Session(problem, tx)
         title = problem.base if name == variants.BASE else name
         made[title] = JaxRunner(sessions[variant.optimizer], variant)

@@ -61,7 +61,8 @@ def vsam(name: str, **settings: Any) -> optax.GradientTransformation:
     return optax.chain(vsam_jax.vsam(RHO, **settings), base(name))
 
 
-OPTIMIZERS: dict[str, Callable[[str], optax.GradientTransformation]] = {
+# By name, called with that of the base optimizer.
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     'base': base,
     'optax opaque': lambda name: optax_sam(name, opaque=True),
     'optax transparent': lambda name: optax_sam(name, opaque=False),

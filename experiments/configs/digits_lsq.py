@@ -11,8 +11,11 @@ the same network without quantization first, and name its workdir:
         --workdir=runs/lsq/sam
 """
 
+from typing import Any
+
 import ml_collections
 
+from experiments import methods
 from experiments.configs import digits
 
 
@@ -31,7 +34,40 @@ def get_config(bits: str = '4') -> ml_collections.ConfigDict:
     config = digits.get_config()
     config.name = f'digits_lsq{bits}'
     config.quantization = {'bits': int(bits)}
-    for method in ('sam', 'asam', 'looksam', 'vsam'):
-        # The second gradient is taken at other weights on the same grids.
-        getattr(config.methods, method).update({'perturb_step_sizes': False})
+    with_perturbed_steps(config)
+    names = ('sgd', 'sam', 'vsam', 'steady_vsam', 'sam_steps', 'vsam_steps')
+    config.compare.methods = names
+    config.tune = {
+        'seeds': (100, 101),
+        'grid': (
+            (
+                'sgd',
+                'methods.sgd.optimizer.learning_rate',
+                (0.003, 0.005, 0.007, 0.014, 0.03, 0.1),
+                {},
+            ),
+            *(
+                (name, f'methods.{name}.rho', (0.5, 1.0, 1.4, 2.0), {})
+                for name in names[1:]
+            ),
+        ),
+    }
     return config
+
+
+def with_perturbed_steps(config: Any) -> None:
+    """Adds SAM and vSAM as they are without a mask: step sizes perturbed as well.
+
+    The others take the second gradient at other weights on the same grids.
+
+    Args:
+        config: the configuration of a quantized network, which is changed.
+    """
+    for name in ('sam', 'vsam'):
+        config.methods[f'{name}_steps'] = {
+            'direction': name,
+            'title': f'{methods.TITLES[name]}, steps perturbed',
+            **config.methods[name].to_dict(),
+        }
+    for name in ('sam', 'asam', 'looksam', 'vsam', 'steady_vsam'):
+        config.methods[name].perturb_step_sizes = False

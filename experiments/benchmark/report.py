@@ -1,0 +1,227 @@
+"""Tables and the figure of a benchmark, made from its JSON alone.
+
+    python -m experiments.benchmark.report experiments/results/benchmark.json
+
+writes ``benchmark.md`` and ``benchmark.png`` beside it.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import matplotlib
+from matplotlib import ticker
+
+from experiments import plots, tables
+from experiments.benchmark import variants
+
+Content = Mapping[str, Any]
+
+# Colours and markers of the curves.
+_STYLES = {
+    variants.OPTAX_SAM: plots.STYLES['sam'],
+    variants.SAMPLED: plots.STYLES['vsam'],
+    variants.REUSE: plots.STYLES['asam'],
+    variants.TRACED_SAMPLED: plots.STYLES['looksam'],
+    variants.TRACED_REUSE: plots.STYLES['esam'],
+}
+_AXES = {
+    'parameters': 'parameters',
+    'batch_size': 'batch size',
+    'window': 'window K',
+}
+
+
+def quartiles(cost: Content | None) -> str:
+    """Median and quartiles as text."""
+    if cost is None:
+        return '–'
+    return f'{cost["median"]:.2f} ({cost["low"]:.2f}–{cost["high"]:.2f})'
+
+
+def _number(value: float | None, form: str) -> str:
+    return '–' if value is None else format(value, form)
+
+
+def of_problem(problem: Content) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of one problem.
+
+    A column stands in it if something of it was measured.
+    """
+    columns: dict[str, Callable[[Content], str]] = {
+        'times_base': lambda row: quartiles(row['times_base']),
+        'times_optax_sam': lambda row: quartiles(row.get('times_optax_sam')),
+        'examples_per_second': lambda row: _number(
+            row.get('examples_per_second'), ',.0f'
+        ),
+        'share_of_peak': lambda row: _number(row.get('share_of_peak'), '.0%'),
+        'compile_seconds': lambda row: _number(row['compile_seconds'], '.1f'),
+        'rounds': lambda row: str(row['rounds']),
+    }
+    titles = {
+        'times_base': f'× {problem["base"]}',
+        'times_optax_sam': '× optax.contrib.sam',
+        'examples_per_second': 'Examples/s',
+        'share_of_peak': 'Of the peak',
+        'compile_seconds': 'Compilation, s',
+        'rounds': 'Rounds',
+    }
+    steps = problem['steps']
+    shown = [
+        name
+        for name in columns
+        if any(row.get(name) is not None for row in steps.values())
+    ]
+    header = ['Step', *(titles[name] for name in shown)]
+    rows = [
+        [title, *(columns[name](row) for name in shown)] for title, row in steps.items()
+    ]
+    return header, rows
+
+
+def on_screen(problem: Content) -> tuple[list[str], list[list[str]]]:
+    """Like :func:`of_problem`, for 80 columns."""
+    header = ['Step', f'× {problem["base"]}', 'ms', 'Examples/s']
+    rows = [
+        [
+            title,
+            f'{row["times_base"]["median"]:.2f}',
+            f'{row["step_milliseconds"]:.1f}',
+            f'{row["examples_per_second"]:,.0f}',
+        ]
+        for title, row in problem['steps'].items()
+    ]
+    return header, rows
+
+
+def of_sweep(name: str, points: list[Content]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a sweep: costs as multiples of the base optimizer."""
+    titles = list(dict.fromkeys(title for point in points for title in point['steps']))
+    # The first one is the base optimizer, with itself as 1.
+    base, *others = titles
+    header = [_AXES[name].capitalize(), f'{base}, ms', *others]
+    rows = [
+        [
+            f'{point[name]:,}',
+            f'{point["steps"][base]["step_milliseconds"]:.2f}',
+            *(quartiles(point['steps'][title]['times_base']) for title in others),
+        ]
+        for point in points
+    ]
+    return header, rows
+
+
+def of_runs(runs: Mapping[str, Content]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the whole runs."""
+    header = [
+        'Network',
+        'Run',
+        'Sampled',
+        'Windows',
+        '× SGD or AdamW',
+        '× what the parts cost',
+        '× its own steps',
+    ]
+    rows = [
+        [
+            problem['title'],
+            name,
+            f'{run["sampling_rate"]:.2f}',
+            str(run['windows']),
+            quartiles(run['times_base']),
+            quartiles(run['times_expected']),
+            quartiles(run['times_steps']),
+        ]
+        for problem in runs.values()
+        for name, run in problem['runs'].items()
+    ]
+    return header, rows
+
+
+def markdown(content: Content) -> str:
+    """All tables of a benchmark."""
+    parts = []
+    for problem in content.get('problems', {}).values():
+        parts.append(f'{problem["title"]}:\n\n{tables.markdown(*of_problem(problem))}')
+    for name, points in content.get('sweeps', {}).items():
+        parts.append(
+            f'Cost of a step of an MLP against {_AXES[name]}, as a multiple of'
+            f' SGD:\n\n{tables.markdown(*of_sweep(name, points))}'
+        )
+    if content.get('whole_runs'):
+        parts.append(
+            'Whole planned runs; the parts cost (1 + p (T_sampled / T_base − 1)) T_base'
+            f' a step:\n\n{tables.markdown(*of_runs(content["whole_runs"]))}'
+        )
+    return '\n'.join(parts)
+
+
+def figure(content: Content, path: pathlib.Path) -> None:
+    """Cost of a step against what was swept, one panel each.
+
+    Args:
+        content: of a benchmark with ``sweeps``.
+        path: the PNG to write.
+    """
+    sweeps = content['sweeps']
+    with matplotlib.rc_context(plots.SETTINGS):
+        drawn, axes = plots.new_figure(4.4 * len(sweeps), 4.2, columns=len(sweeps))
+        for panel, (name, points) in zip(
+            axes if len(sweeps) > 1 else [axes], sweeps.items(), strict=True
+        ):
+            for title, (color, marker) in _STYLES.items():
+                there = [point for point in points if title in point['steps']]
+                if not there:
+                    continue
+                x = [point[name] for point in there]
+                costs = [point['steps'][title]['times_base'] for point in there]
+                panel.plot(
+                    x,
+                    [cost['median'] for cost in costs],
+                    color=color,
+                    marker=marker,
+                    label=title,
+                )
+                panel.fill_between(
+                    x,
+                    [cost['low'] for cost in costs],
+                    [cost['high'] for cost in costs],
+                    color=color,
+                    alpha=0.15,
+                    lw=0,
+                )
+            panel.axhline(1, color='#555555', lw=1)
+            panel.set_xscale('log')
+            panel.set_ylim(bottom=0)
+            panel.set_xlabel(_AXES[name])
+            panel.yaxis.set_major_formatter(ticker.FormatStrFormatter('%.1f×'))
+        first = axes[0] if len(sweeps) > 1 else axes
+        first.set_ylabel('time per step, as a multiple of SGD')
+        first.set_title('MLP: cost of a step (median, quartiles)', loc='left')
+        first.legend(fontsize=8)
+        drawn.savefig(path)
+
+
+def write(content: Content, path: pathlib.Path) -> list[pathlib.Path]:
+    """Writes tables and figure beside the JSON file ``path``; returns their paths."""
+    written = [path.with_suffix('.md')]
+    written[0].write_text(markdown(content))
+    if content.get('sweeps'):
+        written.append(path.with_suffix('.png'))
+        figure(content, written[-1])
+    return written
+
+
+def main() -> None:
+    """Makes the report of a finished benchmark anew."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('json', type=pathlib.Path, help='what the benchmark wrote')
+    path = parser.parse_args().json
+    for file in write(json.loads(path.read_text()), path):
+        print(f'written to {file}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,126 @@
+"""Planned runs over whole windows against the sum of their steps.
+
+A run of vSAM in which a share p of the steps is sampled should take
+
+    (1 + p · (T_sampled / T_base − 1)) · T_base
+
+a step. What is above that is what steps without a second gradient cost more than
+those of the base optimizer, the host's reading of the plan between two windows, and
+the bookkeeping of the driver.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+import vsam_jax
+from experiments import results, timing
+from experiments.benchmark import jax_steps, variants
+from experiments.benchmark.problems import Problem
+
+# From the first step on as in the first window after warm-up: one step in K sampled.
+METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    'vSAM, K = 50': functools.partial(
+        vsam_jax.vsam, variants.RHO, window=50, warmup_steps=0
+    ),
+    'vSAM, K = 10': functools.partial(
+        vsam_jax.vsam, variants.RHO, window=10, warmup_steps=0
+    ),
+    'steady vSAM, every 3rd step': functools.partial(
+        vsam_jax.steady_vsam, variants.RHO, every=3
+    ),
+}
+# About so many steps are timed together.
+CHUNK = 50
+
+
+class _Run:
+    """A planned run that stops at the ends of chunks."""
+
+    def __init__(self, driver: vsam_jax.PlannedStep, problem: Problem, state: Any):
+        self.state = state
+        self.driver = driver
+        self._batch = jax.device_put(problem.batch())
+
+    def chunk(self, steps: int, sample: bool | None = None) -> Any:
+        """Makes some steps, planned, or all with or all without a sample."""
+        for _ in range(steps):
+            if sample is None:
+                self.state, _ = self.driver(self.state, self._batch)
+            else:
+                self.state, _ = self.driver.program(sample)(self.state, self._batch)
+        return self.state
+
+    def num_samples(self) -> int:
+        return int(vsam_jax.find_state(self.state).num_samples)
+
+
+def measure(
+    problem: Problem, method: str, *, windows: int, chunk: int = CHUNK
+) -> dict[str, Any]:
+    """Times planned runs beside their steps.
+
+    Args:
+        problem: the network.
+        method: which of :data:`METHODS`.
+        windows: how many chunks of the run are timed, one a round.
+        chunk: steps of each, rounded up to whole windows of the method.
+
+    Returns:
+        ``sampling_rate``; the quotients of a run's time and what it should take,
+        ``times_expected``, of a run's and the base optimizer's, ``times_base``, and of
+        a run's and that of its own steps made without a driver, ``times_steps``
+        (medians and quartiles); ``windows``, ``steps`` and ``plan_reads``.
+    """
+    tx = optax.chain(METHODS[method](), variants.base(problem.base))
+    driver = vsam_jax.PlannedStep(jax_steps.train_step(problem))
+    # Two states, so that steps made by themselves leave the run's plan alone.
+    run, parts = (
+        _Run(driver, problem, jax_steps.new_state(problem, tx)) for _ in range(2)
+    )
+    base = jax_steps.JaxRunner(
+        jax_steps.Session(problem, variants.base(problem.base)),
+        variants.VARIANTS[variants.BASE],
+    )
+    window = vsam_jax.find_state(run.state).plan.size
+    chunk = math.ceil(chunk / window) * window
+    few = max(1, chunk // 5)
+    counts = [run.num_samples()]
+
+    seconds = timing.interleaved(
+        {
+            'run': lambda: run.chunk(chunk),
+            'count': lambda: counts.append(run.num_samples()),
+            'base': lambda: base.run(chunk),
+            'sampled': lambda: parts.chunk(few, sample=True),
+            'reuse': lambda: parts.chunk(few, sample=False),
+        },
+        rounds=windows,
+    )
+    # The first round is not timed; by then both programs have run.
+    samples = [new - old for old, new in zip(counts[1:-1], counts[2:], strict=True)]
+    quotients: dict[str, list[float]] = {
+        'times_expected': [],
+        'times_base': [],
+        'times_steps': [],
+    }
+    for number, taken in enumerate(samples):
+        whole, plain = (seconds[name][number] / chunk for name in ('run', 'base'))
+        sampled, reuse = (seconds[name][number] / few for name in ('sampled', 'reuse'))
+        rate = taken / chunk
+        quotients['times_expected'].append(
+            whole / ((1 + rate * (sampled / plain - 1)) * plain)
+        )
+        quotients['times_base'].append(whole / plain)
+        quotients['times_steps'].append(whole / (rate * sampled + (1 - rate) * reuse))
+    return {
+        'sampling_rate': sum(samples) / (windows * chunk),
+        'windows': windows * chunk // window,
+        'steps': windows * chunk,
+        'plan_reads': run.driver.num_reads,
+        **{name: results.quartiles(values) for name, values in quotients.items()},
+    }

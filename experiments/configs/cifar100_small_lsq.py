@@ -1,0 +1,44 @@
+"""The noisy images of ``cifar100_small.py`` in a few bits, from random weights.
+
+``--config=experiments/configs/cifar100_small_lsq.py`` trains weights and activations
+of 4 bits, ``…:2`` those of 2. Learning rate and ρ of each method are those that were
+chosen for it in full precision: what carries over is what is asked.
+"""
+
+import pathlib
+from typing import Any
+
+import ml_collections
+
+from experiments import configuration, tune
+from experiments.configs import cifar100_small, digits_lsq
+
+_TUNING = pathlib.Path(__file__).parents[1] / 'results/cifar100_small/noisy/tuning.json'
+
+
+def get_config(bits: str = '4') -> ml_collections.ConfigDict:
+    """Every number of a run.
+
+    Args:
+        bits: how many bits weights and activations have, in decimal digits.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: if ``bits`` is no number.
+    """
+    config: Any = cifar100_small.get_config('noisy')
+    names = ('sgd', 'sam', 'vsam', 'steady_vsam')
+    chosen = tune.load_chosen(_TUNING, config.name)
+    for name in names:
+        config = configuration.with_values(config, chosen[name])
+    config.name = f'cifar100_small_lsq{bits}'
+    config.quantization = {'bits': int(bits)}
+    digits_lsq.with_perturbed_steps(config)
+    config.compare.update(
+        {'methods': (*names, 'sam_steps', 'vsam_steps'), 'seeds': (0, 1, 2)}
+    )
+    # Nothing is tuned.
+    del config.tune
+    return config

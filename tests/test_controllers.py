@@ -1,0 +1,227 @@
+"""The candidates for sampling and reuse, and the program that compares them."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+import vsam_jax
+from experiments import candidates, configuration, controllers, methods, tune
+from experiments.configs import controllers as tasks
+from experiments.shards import Shard
+from tests.test_experiments import TASK
+
+
+def walk(tx: Any, steps: int, loss: Any = None) -> dict[str, np.ndarray]:
+    """What a transformation does with mini-batches of its own, step by step."""
+    params = [jnp.linspace(-0.5, 0.5, 6)]
+    state = tx.init(params)
+    inputs = np.random.default_rng(0).standard_normal((steps, 12, 6), np.float32)
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        gradient = lambda w: jax.grad(loss or noisy)(w, batch)
+        grads = gradient(params)
+        direction, state = tx.update(grads, state, params, grad_fn=gradient)
+        found = vsam_jax.find_state(state)
+        added = optax.tree.sub(direction, grads)
+        # The direction is g + weight · memory.
+        weight = optax.tree.vdot(added, found.psf) / optax.tree.norm(
+            found.psf, squared=True
+        )
+        params = jax.tree.map(lambda w, u: w - 0.05 * u, params, direction)
+        return params, state, (found.sampled, weight, found.budget)
+
+    rows = []
+    for batch in inputs:
+        params, state, row = step(params, state, batch)
+        rows.append(jax.device_get(row))
+    sampled, weight, budget = map(np.asarray, zip(*rows, strict=True))
+    return {'sampled': sampled, 'weight': weight, 'budget': budget, 'state': state}
+
+
+def noisy(params: Any, inputs: jax.Array) -> jax.Array:
+    """A loss whose mini-batches have little in common."""
+    return jnp.mean((jnp.tanh(inputs @ params[0]) - 0.5) ** 2)
+
+
+def bowl(params: Any, batch: Any) -> jax.Array:
+    """So far from its minimum that g, and with it s, hardly turns."""
+    del batch
+    return 0.01 * sum(jnp.sum((leaf - 5) ** 2) for leaf in params)
+
+
+def test_every_third_step_is_sampled_and_its_psf_decays():
+    seen = walk(candidates.periodic(0.3), 9)
+    np.testing.assert_array_equal(np.flatnonzero(seen['sampled']), [0, 3, 6])
+    np.testing.assert_allclose(seen['weight'], [1, 0.7, 0.49] * 3, rtol=1e-3)
+
+
+def test_weights_may_be_scaled_to_a_mean_of_one():
+    weights = walk(candidates.periodic(0.3, mean_one=True), 9)['weight']
+    np.testing.assert_allclose(np.mean(weights), 1, rtol=1e-3)
+    np.testing.assert_allclose(weights[1] / weights[0], 0.7, rtol=1e-3)
+
+
+def test_an_average_of_psfs_moves_by_the_share_that_it_is_told():
+    rule = candidates.MovingAverage(decay=1.0, reuse_steps=6, average=0.75)
+    zeros, ones = jnp.zeros(3), jnp.ones(3)
+    memory, _ = rule.remember(zeros, 2 * ones, zeros)
+    np.testing.assert_allclose(memory, 2 * ones)  # The first is its own average.
+    memory, _ = rule.remember(zeros, 6 * ones, memory)
+    np.testing.assert_allclose(memory, 3 * ones)
+
+
+def test_samples_at_random_are_as_many_as_asked():
+    seen = walk(candidates.periodic(0.3, at_random=True), 120)
+    assert 24 <= seen['sampled'].sum() <= 56
+    assert len(set(np.diff(np.flatnonzero(seen['sampled'])))) > 1
+
+
+def test_the_published_controller_may_start_at_another_rate():
+    tx = candidates.from_rate(0.3, window=10, warmup_steps=0, first_rate=0.5)
+    seen = walk(tx, 10)
+    # Nothing was measured before the first window.
+    assert seen['sampled'].sum() == 5
+
+
+@pytest.mark.parametrize(
+    ('settings', 'shares'),
+    [
+        ({'start': 0.5}, [0, 0, 1, 1]),
+        ({'first_rate': 0.2, 'last_rate': 1.0}, [0.2, 0.4, 0.6, 0.8]),
+    ],
+)
+def test_the_rate_follows_its_schedule(settings, shares):
+    tx = candidates.scheduled(0.3, num_steps=80, window=20, **settings)
+    sampled = walk(tx, 80)['sampled'].reshape(4, 20)
+    np.testing.assert_allclose(sampled.mean(1), shares, atol=1e-6)
+
+
+def test_samples_of_psfs_that_do_not_go_stale_become_few():
+    seen = walk(candidates.measured(0.3, tolerance=0.9, decay=1.0), 84, bowl)
+    np.testing.assert_allclose(seen['budget'][-1], 2.1, rtol=1e-5)
+    assert seen['state'].error < 0.1
+
+
+def test_samples_that_are_always_stale_become_many():
+    seen = walk(candidates.measured(0.3, tolerance=1e-3), 84)
+    np.testing.assert_allclose(seen['budget'][-1], 8.4, rtol=1e-5)
+
+
+def test_a_fitted_weight_is_one_where_psfs_repeat_and_less_where_they_are_noise():
+    repeated = walk(candidates.measured(0.3, fitted=True), 30, bowl)['state']
+    noisy = walk(candidates.measured(0.3, fitted=True), 30)['state']
+    np.testing.assert_allclose(repeated.scale, 1, atol=0.01)
+    assert noisy.scale < 0.9
+
+
+@pytest.mark.parametrize('task', tasks.TASKS)
+def test_every_task_is_complete(task):
+    config = tasks.get_config(task)
+    configuration.check(config)
+    tuned = [method for method, *_ in config.tune.grid]
+    assert tuned == list(config.compare.methods)
+    for name in tuned:
+        methods.create(name, config.methods[name], config.optimizer, TASK)
+    assert len({methods.title(name, config.methods[name]) for name in tuned}) == len(
+        tuned
+    )
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(ValueError, match=r"task must be one of mlp_200, .*; got 'no'"):
+        tasks.get_config('no')
+
+
+@pytest.fixture(scope='module')
+def config() -> ml_collections.ConfigDict:
+    """A task that takes no time."""
+    config = configuration.with_values(
+        tasks.get_config('mlp_200'),
+        {
+            'data.train': 80,
+            'data.validation': 20,
+            'data.test': 30,
+            'models.mlp.width': 8,
+            'models.mlp.depth': 1,
+            'batch_size': 40,
+            'epochs': 3,
+        },
+    )
+    with config.unlocked():
+        config.compare.methods = ('sam', 'every_third')
+        config.compare.seeds = (20, 21)
+        rho = 'methods.{}.rho'.format
+        config.tune = {
+            'seeds': (200,),
+            'grid': (
+                ('sam', rho('sam'), (0.25,), {'methods.sam.optimizer': {}}),
+                ('every_third', rho('every_third'), (0.5,), {}),
+            ),
+        }
+    return config
+
+
+def test_candidates_are_run_with_their_own_settings_and_with_those_of_sam(
+    config, tmp_path
+):
+    tuning = tune.tune(config, tmp_path / 'tuning', **config.tune)
+    plan = {
+        'methods': config.compare.methods,
+        'seeds': config.compare.seeds,
+        'tuning': tuning,
+    }
+    # A part reports nothing; the whole makes what is left.
+    assert not controllers.measure(config, tmp_path, **plan, shard=Shard(0, 2))
+    summary = controllers.measure(config, tmp_path, **plan)
+    assert json.loads((tmp_path / controllers.SUMMARY).read_text()) == summary
+    third = summary['methods']['every_third']
+    assert third['title'] == 'every 3rd, β = 0.7'
+    assert 'as_sam' not in summary['methods']['sam']
+    rhos = {
+        kind: json.loads(path.read_text())['config']['methods']['every_third']['rho']
+        for kind, path in {
+            'own': tmp_path / 'every_third/seed20/result.json',
+            'as_sam': tmp_path / 'every_third_as_sam/seed20/result.json',
+        }.items()
+    }
+    assert rhos == {'own': 0.5, 'as_sam': 0.25}
+    sam = summary['methods']['sam']['own']
+    assert sam['minus_sam'] == {'mean': 0, 'low': 0, 'high': 0}
+    for kind in rhos:
+        expected = np.mean(third[kind]['test_accuracy']['values']) - np.mean(
+            sam['test_accuracy']['values']
+        )
+        assert third[kind]['minus_sam']['mean'] == pytest.approx(expected, abs=1e-6)
+    assert third['own']['sampling_rate']['mean'] == pytest.approx(2 / 6)
+    header, rows = controllers.rows_of(summary)
+    assert {len(row) for row in rows} == {len(header)}
+
+
+def test_a_method_that_was_not_tuned_is_named(config, tmp_path):
+    with pytest.raises(configuration.ConfigError, match='what was tuned'):
+        controllers.measure(
+            config,
+            tmp_path,
+            methods=('sam', 'late'),
+            seeds=(20,),
+            tuning={'chosen': {'sam': {}}, 'tried': {}},
+        )
+
+
+def test_the_base_optimizer_may_be_adamw(config):
+    chosen = configuration.with_values(config, {'optimizer.weight_decay': 0.0})
+    with chosen.unlocked():
+        chosen.optimizer = {'name': 'adamw', 'learning_rate': 0.1}
+    tx = methods.create('sgd', {}, chosen.optimizer, TASK).tx
+    params = {'w': jnp.ones(3)}
+    updates, _ = tx.update({'w': jnp.array([5.0, -3.0, 0.1])}, tx.init(params), params)
+    np.testing.assert_allclose(updates['w'], [-0.1, 0.1, -0.1], rtol=1e-4)
+    with pytest.raises(configuration.ConfigError, match=r'config\.optimizer\.name'):
+        methods.create('sgd', {}, {**chosen.optimizer, 'name': 'no'}, TASK)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import vsam_jax
-from experiments import candidates, configuration, controllers, methods, tune
+from experiments import candidates, configuration, controllers, methods, noise, tune
 from experiments.configs import controllers as tasks
 from experiments.shards import Shard
 from tests.test_experiments import TASK
@@ -53,7 +53,7 @@ def noisy(params: Any, inputs: jax.Array) -> jax.Array:
 def bowl(params: Any, batch: Any) -> jax.Array:
     """So far from its minimum that g, and with it s, hardly turns."""
     del batch
-    return 0.01 * sum(jnp.sum((leaf - 5) ** 2) for leaf in params)
+    return 0.01 * jnp.sum((params[0] - 5) ** 2)
 
 
 def test_every_third_step_is_sampled_and_its_psf_decays():
@@ -137,6 +137,15 @@ def test_every_task_is_complete(task):
 def test_an_unknown_task_is_named():
     with pytest.raises(ValueError, match=r"task must be one of mlp_200, .*; got 'no'"):
         tasks.get_config('no')
+
+
+def test_noise_raises_the_published_budget_the_more_the_wider_it_is():
+    summary = noise.measure(sigmas=(0.0, 0.5), window=10, seeds=3)
+    still, moved = summary['budgets'].values()
+    assert [row['median'] for row in still.values()] == [1.0] * len(noise.WINDOWS)
+    medians = [row['median'] for row in moved.values()]
+    assert medians == sorted(medians)
+    assert medians[-1] > 2
 
 
 @pytest.fixture(scope='module')

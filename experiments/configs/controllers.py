@@ -47,11 +47,7 @@ def _candidates(window: int, steps: int, every_one: bool) -> dict[str, dict[str,
             'title': 'every 3rd, β = 0.7, mean weight 1',
             'mean_one': True,
         },
-        'steady_03': {
-            'direction': 'steady_vsam',
-            'title': 'steady, η = 0.3',
-            'tolerance': 0.3,
-        },
+        'steady_vsam': {'title': 'steady, η = 0.3', 'tolerance': 0.3},
         'steady_05': {
             'direction': 'steady_vsam',
             'title': 'steady, η = 0.5',

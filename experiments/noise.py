@@ -51,7 +51,7 @@ def budgets(
         seen = rule.observe(rings, one, norm)
         return jax.tree.map(
             lambda new, old: jnp.where(taken, new, old), seen, rings
-        ), ()
+        ), None
 
     def window(carry: Any, step: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
         budget, rings = carry

@@ -15,7 +15,7 @@ STYLES = {
     'sgd': ('#555555', 's'),
     'sam': ('#0072B2', 'o'),
     'vsam': ('#D55E00', 'D'),
-    'steady_vsam': ('#F0E442', 'd'),
+    'steady_vsam': ('#5D3A9B', 'd'),
     'asam': ('#009E73', '^'),
     'looksam': ('#CC79A7', 'v'),
     'esam': ('#E69F00', 'P'),

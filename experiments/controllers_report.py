@@ -1,0 +1,253 @@
+r"""Tables and figures of all tasks that candidates were compared on.
+
+    python -m experiments.controllers_report --workdir=experiments/results/controllers
+
+reads every JSON file of :mod:`experiments.controllers` there and writes ``table.md``,
+``controllers.png`` (differences from SAM) and ``rho.png`` (accuracy against ρ).
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from absl import app, flags
+
+from experiments import configuration, plots, results, tables
+
+FILES = ('table.md', 'controllers.png', 'rho.png')
+KINDS = {'own': 'own ρ', 'as_sam': "SAM's ρ"}
+# What the figures show; the table has all.
+_SHOWN = ('sgd', 'vsam', 'every_third', 'steady_vsam')
+_CURVES = ('sam', 'vsam', 'every_third', 'steady_vsam')
+_STYLES = {**plots.STYLES, 'every_third': ('#009E73', '^')}
+
+
+def load(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The reports of all tasks, short runs first.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    found = [json.loads(file.read_text()) for file in sorted(workdir.glob('*.json'))]
+    found = [report for report in found if 'tuning_seeds' in report]
+    if not found:
+        raise configuration.ConfigError(
+            f'workdir must hold files of experiments.controllers, {workdir} has none.'
+        )
+    return sorted(found, key=lambda report: (report['num_steps'], report['name']))
+
+
+def task(report: Mapping[str, Any]) -> str:
+    """What a task is called in tables and figures."""
+    settings = report['config']
+    noise = f'{100 * settings["label_noise"]:.0f} % wrong'
+    noise = noise if settings['label_noise'] else 'right labels'
+    name = settings['data']['name'].split('_')[0]
+    model = settings['model'].replace('_', ' ')
+    return f'{name}, {model}, {report["num_steps"]:,} steps, {noise}'
+
+
+def names(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All candidates, SGD and SAM first, in the order of the longest list."""
+    longest = sorted(reports, key=lambda report: -len(report['methods']))
+    return list(dict.fromkeys(name for report in longest for name in report['methods']))
+
+
+def rows_of(
+    reports: Sequence[Mapping[str, Any]], kind: str, only: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a candidate per row, a task per column.
+
+    Args:
+        reports: from :func:`load`.
+        kind: one of :data:`KINDS`.
+        only: the candidates that are shown, all if there are none.
+
+    Returns:
+        SAM's row has its accuracy in per cent, the others the difference from it in
+        points with its 95 % interval, and the sampling rate.
+    """
+    rows = []
+    for name in only or names(reports):
+        cells, rates, titles = [], [], []
+        for report in reports:
+            method = report['methods'].get(name, {})
+            found = method.get('own' if name == 'sam' else kind)
+            if found is None:
+                cells.append('')
+                continue
+            titles.append(method['title'])
+            rates.append(found['sampling_rate']['mean'])
+            accuracy = tables.percent(found['test_accuracy'])
+            cells.append(
+                accuracy if name == 'sam' else tables.points(found['minus_sam'])
+            )
+        if rates:
+            low, high = min(rates), max(rates)
+            rate = f'{low:.2f}' + (f'–{high:.2f}' if high - low >= 0.005 else '')
+            rows.append([titles[0], rate, *cells])
+    return ['', 'Sampled', *map(task, reports)], rows
+
+
+def verdicts(reports: Sequence[Mapping[str, Any]], kind: str) -> dict[str, int]:
+    """In how many tasks a candidate's interval of (candidate − SAM) is below zero."""
+    below: dict[str, int] = {}
+    for report in reports:
+        for name, method in report['methods'].items():
+            if kind in method:
+                high = method[kind]['minus_sam']['high']
+                below[name] = below.get(name, 0) + int(high < 0)
+    return below
+
+
+def differences(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Differences from SAM with their intervals, a panel for each kind of ρ."""
+    with matplotlib.rc_context(plots.SETTINGS):
+        figure, panels = plots.new_figure(9.6, 0.55 * len(reports) + 1.6, columns=2)
+        for axes, (kind, said) in zip(panels, KINDS.items(), strict=True):
+            shown = [name for name in _SHOWN if kind == 'own' or name != 'sgd']
+            for place, name in enumerate(shown):
+                color, marker = _STYLES.get(name, plots.OTHER)
+                for row, report in enumerate(reports):
+                    method = report['methods'].get(name)
+                    if method is None or kind not in method:
+                        continue
+                    difference = method[kind]['minus_sam']
+                    mean, low, high = (
+                        100 * difference[key] for key in ('mean', 'low', 'high')
+                    )
+                    axes.errorbar(
+                        mean,
+                        -row + 0.27 - 0.18 * place,
+                        xerr=[[mean - low], [high - mean]],
+                        color=color,
+                        marker=marker,
+                        markersize=5,
+                        linewidth=1.2,
+                        label=method['title'] if row == 0 else None,
+                    )
+            axes.axvline(0, color='#333333', linewidth=0.8)
+            # SGD may be 30 points below; what matters is close to SAM.
+            axes.set_xscale('symlog', linthresh=5, linscale=2)
+            axes.set_xticks([-20, -10, -5, -2, 0, 2, 5, 10])
+            axes.set_xticklabels(['−20', '−10', '−5', '−2', '0', '2', '5', '10'])
+            axes.set_yticks(-np.arange(len(reports)))
+            axes.grid(axis='y', visible=False)
+            axes.set_title(f'at {said}', loc='left')
+            axes.set_xlabel('test accuracy − SAM, points')
+        panels[0].set_yticklabels([task(report) for report in reports])
+        panels[1].set_yticklabels([])
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
+        figure.savefig(path)
+
+
+def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+    """Validation accuracy over ρ, a panel per task; SGD's best is a line."""
+    with matplotlib.rc_context(plots.SETTINGS):
+        columns = min(len(reports), 3)
+        rows = -(-len(reports) // columns)
+        figure, panels = plots.new_figure(
+            3.4 * columns, 2.7 * rows + 0.4, rows=rows, columns=columns
+        )
+        panels = np.atleast_1d(panels).ravel()
+        for axes in panels[len(reports) :]:
+            axes.remove()
+        for axes, report in zip(panels, reports, strict=False):
+            for name in _CURVES:
+                method = report['methods'].get(name)
+                if method is None:
+                    continue
+                color, marker = _STYLES.get(name, plots.OTHER)
+                rhos, means, values = _curve(name, method['tried'])
+                axes.plot(
+                    rhos,
+                    means,
+                    color=color,
+                    marker=marker,
+                    markersize=5,
+                    label=method['title'],
+                )
+                for rho, seeds in zip(rhos, values, strict=True):
+                    axes.plot([rho] * len(seeds), seeds, '.', color=color, alpha=0.35)
+            sgd = report['methods'].get('sgd')
+            if sgd:
+                best = max(
+                    trial['validation_accuracy']['mean'] for trial in sgd['tried']
+                )
+                color, _ = plots.STYLES['sgd']
+                axes.axhline(100 * best, color=color, linestyle='--', label='SGD, best')
+            axes.set_xscale('log')
+            ticks, _, _ = _curve('sam', report['methods']['sam']['tried'])
+            axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+            axes.set_xticks([], minor=True)
+            axes.set_title(task(report), loc='left', fontsize=9)
+        for axes in panels[max(len(reports) - columns, 0) : len(reports)]:
+            axes.set_xlabel('ρ')
+        for axes in panels[::columns]:
+            if axes.figure is not None:
+                axes.set_ylabel('validation, %')
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
+        figure.savefig(path)
+
+
+def _curve(
+    name: str, tried: Sequence[Mapping[str, Any]]
+) -> tuple[list[float], list[float], list[list[float]]]:
+    """ρ, and means and values of the accuracy in per cent, at the best other settings.
+
+    Where a learning rate was tuned too, each ρ has the one that was best for it.
+    """
+    best: dict[float, list[float]] = {}
+    for trial in tried:
+        rho = trial['settings'][f'methods.{name}.rho']
+        values = [100 * value for value in trial['validation_accuracy']['values']]
+        if rho not in best or np.mean(values) > np.mean(best[rho]):
+            best[rho] = values
+    rhos = sorted(best)
+    return (
+        rhos,
+        [float(np.mean(best[rho])) for rho in rhos],
+        [best[rho] for rho in rhos],
+    )
+
+
+def write(
+    reports: Sequence[Mapping[str, Any]], path: pathlib.Path
+) -> list[pathlib.Path]:
+    """Writes the table and the figures."""
+    files = [path / name for name in FILES]
+    text = ''
+    for kind, said in KINDS.items():
+        text += f'### At {said}\n\n{tables.markdown(*rows_of(reports, kind))}\n'
+    seeds = sorted({len(report['seeds']) for report in reports})
+    files[0].write_text(
+        text + "SAM's row: accuracy on test examples, mean ± sd over seeds"
+        f' ({"–".join(map(str, (seeds[0], seeds[-1])))} of them). Others: differences'
+        ' from SAM in points, paired by seed, with 95 % intervals (t). Own ρ: what was'
+        " best on validation examples; SAM's ρ: SAM's settings.\n\nCommands:\n\n"
+        + ''.join(
+            f'- `{command}`\n' for each in reports for command in each['commands']
+        )
+    )
+    differences(reports, files[1])
+    against_rho(reports, files[2])
+    return files
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs what the flags say."""
+    with configuration.usage(arguments):
+        path = results.open_workdir(flags.FLAGS.workdir)
+        reports = load(path)
+    files = write(reports, path)
+    print('written to ' + ', '.join(map(str, files)))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'Where the reports are.', required=True)
+    app.run(main)

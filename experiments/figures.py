@@ -6,6 +6,8 @@ r"""Figures 1 and 2 over several networks, from finished comparisons of one each
 
 Figure 1 has one connected line per method, accuracy against training speed; Figure 2
 the norms of gradient and PSF over training, and how much the latter changes.
+Comparisons that differ in ``config.quantization.bits`` are drawn as accuracy over bits
+instead.
 """
 
 import json
@@ -19,6 +21,7 @@ from experiments import configuration, plots, results
 from experiments.compare import SUMMARY
 
 FILES = ('figure1.png', 'figure2.png')
+BITS = 'bits.png'
 
 
 def load(workdirs: Sequence[str]) -> list[dict[str, Any]]:
@@ -58,7 +61,7 @@ def load(workdirs: Sequence[str]) -> list[dict[str, Any]]:
 def write(
     summaries: Sequence[dict[str, Any]], workdir: pathlib.Path
 ) -> list[pathlib.Path]:
-    """Writes both figures.
+    """Writes both figures, or the one over bits.
 
     Args:
         summaries: from :func:`load`.
@@ -67,6 +70,9 @@ def write(
     Returns:
         The files.
     """
+    if len(set(map(plots.bits_of, summaries))) > 1:
+        plots.accuracy_against_bits(summaries, workdir / BITS)
+        return [workdir / BITS]
     files = [workdir / name for name in FILES]
     plots.accuracy_against_speed(summaries, files[0])
     plots.norms(summaries, files[1])

@@ -224,6 +224,62 @@ def accuracy_against_speed(
         figure.savefig(path)
 
 
+def accuracy_against_bits(
+    summaries: Sequence[dict[str, Any]], path: pathlib.Path
+) -> None:
+    """Test accuracy over the bits of weights and activations, a line per method.
+
+    Args:
+        summaries: what :func:`experiments.compare.compare` returns, of one network
+            each in another number of bits; 0 bits are full precision.
+        path: the PNG to write.
+    """
+    # Full precision comes last.
+    bits = lambda summary: bits_of(summary) or 32
+    ordered = sorted(summaries, key=bits)
+    # What was not tried in few bits is of no interest here.
+    names = dict.fromkeys(
+        name for each in ordered if bits_of(each) for name in each['methods']
+    )
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = new_figure(6.4, 3.8)
+        for place, name in enumerate(names):
+            known = [i for i, each in enumerate(ordered) if name in each['methods']]
+            rows = [ordered[i]['methods'][name] for i in known]
+            # The same colour for the same method with other settings.
+            base = name.split('_steps')[0]
+            color, marker = STYLES.get(base, OTHER)
+            axes.errorbar(
+                np.asarray(known) + 0.06 * (place - (len(names) - 1) / 2),
+                [100 * row['test_accuracy']['mean'] for row in rows],
+                yerr=[100 * (row['test_accuracy']['sd'] or 0) for row in rows],
+                color=color,
+                marker=marker,
+                linestyle='-' if base == name else ':',
+                capsize=2,
+                elinewidth=1.0,
+                label=rows[0]['title'],
+            )
+        labels = [
+            f'{bits(each)} bits' if bits(each) < 32 else 'full precision'
+            for each in ordered
+        ]
+        axes.set_xticks(range(len(ordered)), labels)
+        axes.set_ylabel('test accuracy, %')
+        axes.legend(loc='center left', bbox_to_anchor=(1, 0.5))
+        axes.set_title(
+            f'{ordered[-1]["name"]}: accuracy in few bits\n'
+            f'(mean ± sd of {_seeds(ordered)})',
+            loc='left',
+        )
+        figure.savefig(path)
+
+
+def bits_of(summary: dict[str, Any]) -> int:
+    """The bits of the networks of a comparison; 0 in full precision."""
+    return summary['config'].get('quantization', {'bits': 0})['bits']
+
+
 def norms(summaries: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Figure 2: ‖g‖, ‖s‖ and how much ‖s‖ changes, over training; a column a network.
 

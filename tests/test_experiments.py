@@ -1,5 +1,6 @@
 """The training programs: data, methods, the trainer, comparisons and figures."""
 
+import copy
 import json
 import pathlib
 import signal
@@ -736,6 +737,11 @@ def test_figures_join_comparisons_of_several_networks(comparison, tmp_path):
     assert loaded == [summary, summary]
     for file in figures.write(loaded, tmp_path):
         assert file.read_bytes().startswith(b'\x89PNG')
+    coarse = copy.deepcopy(summary)
+    coarse['config']['quantization']['bits'] = 2
+    (file,) = figures.write([summary, coarse], tmp_path)
+    assert file.name == 'bits.png'
+    assert file.read_bytes().startswith(b'\x89PNG')
     with pytest.raises(configuration.ConfigError, match='a workdir of experiments'):
         figures.load([str(tmp_path)])
     old = tmp_path / 'old.json'

@@ -31,7 +31,7 @@ def get_config(bits: str = '4') -> ml_collections.ConfigDict:
     Raises:
         ValueError: if ``bits`` is no number.
     """
-    config = digits.get_config()
+    config: Any = digits.get_config()
     config.name = f'digits_lsq{bits}'
     config.quantization = {'bits': int(bits)}
     with_perturbed_steps(config)

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import tables
+from experiments.benchmark import report
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -38,27 +39,10 @@ def _comparison(folder: str) -> str:
 
 def _benchmark() -> str:
     content = _load('benchmark.json')
-    header = ['Step', '× SGD', '× optax.contrib.sam', 'Compilation, s', 'Rounds']
-    text = ''
-    for problem in content['problems'].values():
-        rows = []
-        for name, row in problem['steps'].items():
-            costs = [row['times_sgd'], row['times_optax_sam']]
-            rows.append(
-                [
-                    name,
-                    *(
-                        f'{cost["median"]:.2f} ({cost["low"]:.2f}–{cost["high"]:.2f})'
-                        for cost in costs
-                    ),
-                    f'{row["compile_seconds"]:.1f}',
-                    str(row['rounds']),
-                ]
-            )
-        text += f'{problem["title"]}:\n\n{tables.markdown(header, rows)}\n'
     return (
-        text + f'Median (quartiles) over interleaved rounds; {_device(content)}, jax'
-        f' {content["versions"]["jax"]}. Command: `{content["command"]}`.\n'
+        f'{report.markdown(content)}\nMedian (quartiles) over interleaved rounds;'
+        f' {_device(content)}, jax {content["versions"]["jax"]}. Command:'
+        f' `{content["command"]}`.\n'
     )
 
 

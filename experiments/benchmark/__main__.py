@@ -65,9 +65,7 @@ class _Benchmark:
         bar = self._bars.add_task(name, total=total)
         return lambda: self._bars.advance(bar)
 
-    def steps(
-        self, names: Sequence[str], least: int, with_torch: bool
-    ) -> None:
+    def steps(self, names: Sequence[str], least: int, with_torch: bool) -> None:
         torch_runners = None
         if with_torch:
             # Not there for most, and takes seconds to import.
@@ -166,7 +164,10 @@ def define_flags() -> None:
         'chunk', whole_runs.CHUNK, 'Steps of such a chunk.', lower_bound=1
     )
     flags.DEFINE_integer(
-        'largest', 10**8, 'Parameters of the largest MLP of the sweeps.', lower_bound=1000
+        'largest',
+        10**8,
+        'Parameters of the largest MLP.',
+        lower_bound=1000,
     )
     flags.DEFINE_bool('torch', True, 'Whether peers in PyTorch take part.')
     flags.DEFINE_string('output', 'runs/benchmark.json', 'The result file.')

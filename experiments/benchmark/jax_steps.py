@@ -144,8 +144,9 @@ class JaxRunner:
         self.steps = variant.steps
         self.compile_seconds = sum(program.compile_seconds for program in programs)
         self.conditionals = sum(program.conditionals for program in programs)
-        flops = [program.flops for program in self._calls]
-        self.flops = None if None in flops else sum(flops) / variant.steps
+        flops = [program.flops for program in self._calls if program.flops is not None]
+        known = len(flops) == len(self._calls)
+        self.flops = sum(flops) / variant.steps if known else None
 
     def run(self, cycles: int) -> float:
         """Makes some cycles of steps and returns the seconds that a step took."""

@@ -28,9 +28,9 @@ _STYLES = {
     variants.TRACED_REUSE: plots.STYLES['esam'],
 }
 _AXES = {
-    'parameters': 'parameters',
-    'batch_size': 'batch size',
-    'window': 'window K',
+    'parameters': 'Parameters',
+    'batch_size': 'Batch size',
+    'window': 'Window K',
 }
 
 
@@ -101,7 +101,7 @@ def of_sweep(name: str, points: list[Content]) -> tuple[list[str], list[list[str
     titles = list(dict.fromkeys(title for point in points for title in point['steps']))
     # The first one is the base optimizer, with itself as 1.
     base, *others = titles
-    header = [_AXES[name].capitalize(), f'{base}, ms', *others]
+    header = [_AXES[name], f'{base}, ms', *others]
     rows = [
         [
             f'{point[name]:,}',
@@ -147,7 +147,7 @@ def markdown(content: Content) -> str:
         parts.append(f'{problem["title"]}:\n\n{tables.markdown(*of_problem(problem))}')
     for name, points in content.get('sweeps', {}).items():
         parts.append(
-            f'Cost of a step of an MLP against {_AXES[name]}, as a multiple of'
+            f'Cost of a step of an MLP against {_AXES[name].lower()}, as a multiple of'
             f' SGD:\n\n{tables.markdown(*of_sweep(name, points))}'
         )
     if content.get('whole_runs'):

@@ -1,10 +1,10 @@
 """The networks in PyTorch: the same layers, as one writes them there."""
 
 import flax.linen as nn
-import torch
-from torch import Tensor
-from torch import nn as tnn
-from torch.nn import functional
+import torch  # pyright: ignore[reportMissingImports]
+from torch import Tensor  # pyright: ignore[reportMissingImports]
+from torch import nn as tnn  # pyright: ignore[reportMissingImports]
+from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 from experiments.benchmark.problems import MLP
 from experiments.networks.resnet import BasicBlock, ResNet
@@ -16,7 +16,8 @@ def port(model: nn.Module, shape: tuple[int, ...]) -> tnn.Module:
     """The same network as a PyTorch module.
 
     Its parameters stand in the order in which Flax makes those of ``model``, but for
-    the projections of attention, which are one layer here.
+    a transformer: the projections of attention are one layer here, and the positions
+    come first.
 
     Args:
         model: the network in Flax.

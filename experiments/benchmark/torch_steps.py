@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pytorch_optimizer
-import torch
-from torch.nn import functional
+import pytorch_optimizer  # pyright: ignore[reportMissingImports]
+import torch  # pyright: ignore[reportMissingImports]
+from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 from experiments.benchmark import torch_networks, variants
 from experiments.benchmark.problems import Problem

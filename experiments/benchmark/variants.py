@@ -12,8 +12,6 @@ RHO = 0.05
 LEARNING_RATE = {'SGD': 0.01, 'AdamW': 1e-4}
 MOMENTUM = 0.9
 WEIGHT_DECAY = {'SGD': 5e-4, 'AdamW': 1e-2}
-# Of a run in which one step in five is sampled, as LookSAM does it.
-PERIOD = 5
 
 # What decides a step: nothing (no second gradient to decide about), the program
 # (planned), or an argument of the program (traced).
@@ -84,6 +82,10 @@ class Variant(NamedTuple):
     steps: int = 1
 
 
+# One step in five is sampled, as LookSAM does it.
+_ONE_IN_FIVE: tuple[Decision, ...] = ('sampled', 'reuse', 'reuse', 'reuse', 'reuse')
+PERIOD = len(_ONE_IN_FIVE)
+
 BASE = 'base'
 OPTAX_SAM = 'optax.contrib.sam'
 SAMPLED = 'vSAM planned, sampled step'
@@ -99,7 +101,7 @@ VARIANTS: dict[str, Variant] = {
     SAMPLED: Variant('vsam', ('sampled',)),
     REUSE: Variant('vsam', ('reuse',)),
     f'vSAM planned, one step in {PERIOD} sampled': Variant(
-        'vsam', ('sampled', *('reuse',) * (PERIOD - 1)), steps=PERIOD
+        'vsam', _ONE_IN_FIVE, steps=PERIOD
     ),
     TRACED_SAMPLED: Variant('vsam', ('traced sampled',)),
     TRACED_REUSE: Variant('vsam', ('traced reuse',)),

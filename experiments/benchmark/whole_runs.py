@@ -10,6 +10,7 @@ the bookkeeping of the driver.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +103,7 @@ def measure(
         rounds=windows,
     )
     # The first round is not timed; by then both programs have run.
-    samples = [new - old for old, new in zip(counts[1:-1], counts[2:], strict=True)]
+    samples = [new - old for old, new in itertools.pairwise(counts[1:])]
     quotients: dict[str, list[float]] = {
         'times_expected': [],
         'times_base': [],

@@ -69,7 +69,10 @@ def measure(
     with progress.bar(2 * len(methods) * len(seeds), config.name) as bar:
         for method in methods:
             runs[method] = {}
-            for kind, settings in _kinds(method, chosen).items():
+            kinds = _kinds(method, chosen)
+            for kind, settings in kinds.items():
+                # Where both settings are the same, so are the runs.
+                suffix = _PLACES[kind] if settings != kinds['own'] else ''
                 run = configuration.with_values(config, {'method': method, **settings})
                 runs[method][kind] = []
                 experiment = None
@@ -78,7 +81,7 @@ def measure(
                     number += 1
                     if not shard.holds(number):
                         continue
-                    place = path / (method + _PLACES[kind]) / f'seed{seed}'
+                    place = path / (method + suffix) / f'seed{seed}'
                     run = configuration.with_values(run, {'seed': seed})
                     done = results.finished(place, configuration.of_run(run))
                     if done is None:

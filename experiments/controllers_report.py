@@ -92,17 +92,6 @@ def rows_of(
     return ['', 'Sampled', *map(task, reports)], rows
 
 
-def verdicts(reports: Sequence[Mapping[str, Any]], kind: str) -> dict[str, int]:
-    """In how many tasks a candidate's interval of (candidate − SAM) is below zero."""
-    below: dict[str, int] = {}
-    for report in reports:
-        for name, method in report['methods'].items():
-            if kind in method:
-                high = method[kind]['minus_sam']['high']
-                below[name] = below.get(name, 0) + int(high < 0)
-    return below
-
-
 def differences(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Differences from SAM with their intervals, a panel for each kind of ρ."""
     with matplotlib.rc_context(plots.SETTINGS):
@@ -162,7 +151,7 @@ def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
                 if method is None:
                     continue
                 color, marker = _STYLES.get(name, plots.OTHER)
-                rhos, means, values = _curve(name, method['tried'])
+                rhos, means, values = curve(name, method['tried'])
                 axes.plot(
                     rhos,
                     means,
@@ -181,7 +170,7 @@ def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
                 color, _ = plots.STYLES['sgd']
                 axes.axhline(100 * best, color=color, linestyle='--', label='SGD, best')
             axes.set_xscale('log')
-            ticks, _, _ = _curve('sam', report['methods']['sam']['tried'])
+            ticks, _, _ = curve('sam', report['methods']['sam']['tried'])
             axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
             axes.set_xticks([], minor=True)
             axes.set_title(task(report), loc='left', fontsize=9)
@@ -195,7 +184,7 @@ def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
         figure.savefig(path)
 
 
-def _curve(
+def curve(
     name: str, tried: Sequence[Mapping[str, Any]]
 ) -> tuple[list[float], list[float], list[list[float]]]:
     """ρ, and means and values of the accuracy in per cent, at the best other settings.

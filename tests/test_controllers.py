@@ -11,7 +11,15 @@ import optax
 import pytest
 
 import vsam_jax
-from experiments import candidates, configuration, controllers, methods, noise, tune
+from experiments import (
+    candidates,
+    configuration,
+    controllers,
+    controllers_report,
+    methods,
+    noise,
+    tune,
+)
 from experiments.configs import controllers as tasks
 from experiments.shards import Shard
 from tests.test_experiments import TASK
@@ -234,3 +242,75 @@ def test_the_base_optimizer_may_be_adamw(config):
     np.testing.assert_allclose(updates['w'], [-0.1, 0.1, -0.1], rtol=1e-4)
     with pytest.raises(configuration.ConfigError, match=r'config\.optimizer\.name'):
         methods.create('sgd', {}, {**chosen.optimizer, 'name': 'no'}, TASK)
+
+
+def report(name: str, steps: int, **minus_sam: float) -> dict[str, Any]:
+    """What the report reads of a task, with made-up numbers."""
+    spread = lambda mean: {'mean': mean, 'sd': 0.01, 'values': [mean, mean]}
+    method = lambda name, minus: {
+        'title': name,
+        'tried': [
+            {
+                'settings': {f'methods.{name}.rho': rho, 'optimizer.rate': rate},
+                'validation_accuracy': spread(0.5 + rho * rate),
+            }
+            for rho in (0.5, 1.0)
+            for rate in (0.1, 0.2)
+        ],
+        **{
+            kind: {
+                'test_accuracy': spread(0.5 + minus),
+                'minus_sam': {
+                    'mean': minus,
+                    'low': minus - 0.01,
+                    'high': minus + 0.01,
+                },
+                'sampling_rate': spread(0.3),
+            }
+            for kind in (('own',) if name == 'sam' else ('own', 'as_sam'))
+        },
+    }
+    return {
+        'name': name,
+        'num_steps': steps,
+        'seeds': [1, 2],
+        'tuning_seeds': [0],
+        'methods': {key: method(key, minus) for key, minus in minus_sam.items()},
+        'config': {'label_noise': 0.4, 'model': 'mlp', 'data': {'name': 'digits'}},
+        'commands': ['python -m one'],
+    }
+
+
+def test_the_report_joins_tasks_and_leaves_out_what_did_not_take_part(tmp_path):
+    few = report('few', 200, sam=0.0, vsam=-0.05)
+    many = report('many', 2000, sam=0.0, vsam=0.02, late=-0.3)
+    for each in (many, few):
+        (tmp_path / f'{each["name"]}.json').write_text(json.dumps(each))
+    (tmp_path / 'noise.json').write_text('{"budgets": {}}')
+    reports = controllers_report.load(tmp_path)
+    assert [each['name'] for each in reports] == ['few', 'many']
+    header, rows = controllers_report.rows_of(reports, 'own')
+    assert header[2] == 'digits, mlp, 200 steps, 40 % wrong'
+    assert rows == [
+        ['sam', '0.30', '50.0 ± 1.0', '50.0 ± 1.0'],
+        ['vsam', '0.30', '−5.0 [−6.0, −4.0]', '+2.0 [+1.0, +3.0]'],
+        ['late', '0.30', '', '−30.0 [−31.0, −29.0]'],
+    ]
+    _, rows = controllers_report.rows_of(reports, 'as_sam', only=('vsam',))
+    assert [row[0] for row in rows] == ['vsam']
+    table, *figures = controllers_report.write(reports, tmp_path)
+    assert 'python -m one' in table.read_text()
+    assert all(file.read_bytes().startswith(b'\x89PNG') for file in figures)
+
+
+def test_a_curve_over_rho_takes_the_best_of_what_else_was_tuned():
+    tried = report('any', 1, vsam=0.0)['methods']['vsam']['tried']
+    rhos, means, values = controllers_report.curve('vsam', tried)
+    assert rhos == [0.5, 1.0]
+    np.testing.assert_allclose(means, [60, 70])
+    assert [len(seeds) for seeds in values] == [2, 2]
+
+
+def test_a_directory_without_reports_is_named(tmp_path):
+    with pytest.raises(configuration.ConfigError, match='workdir must hold files'):
+        controllers_report.load(tmp_path)

@@ -79,8 +79,8 @@ def finished(path: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] | None:
         raise configuration.ConfigError(
             f'{file} is no result of a run ({error!r}). Move it away.'
         ) from error
-    # Through JSON, so that both sides went the same way.
-    differs = configuration.differences(settings, json.loads(json.dumps(run)))
+    # Both sides went the same way: in the file, numbers have seven digits.
+    differs = configuration.differences(settings, jsonable(run))
     if differs:
         raise configuration.ConfigError(
             f'{path} holds a finished run with other settings:\n  '

@@ -463,6 +463,12 @@ def test_a_finished_run_is_not_run_again(config, programs, tmp_path):
         train(changed(config, epochs=5), tmp_path, bar=bar)
 
 
+def test_a_run_whose_settings_have_many_digits_is_found_finished(config, tmp_path):
+    run = changed(config, epochs=1, method='sgd', optimizer__learning_rate=1 / 30)
+    result = train(run, tmp_path, bar=progress.Bar())
+    assert train(run, tmp_path, bar=progress.Bar()) == result
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments import tables
+from experiments import controllers_report, tables
 from experiments.benchmark import report
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -46,11 +46,23 @@ def _benchmark() -> str:
     )
 
 
+def _controllers() -> str:
+    reports = controllers_report.load(RESULTS / 'controllers')
+    versions = sorted({report['versions']['jax'] for report in reports})
+    return (
+        tables.markdown(*controllers_report.short_rows(reports))
+        + f'\n{controllers_report.EXPLANATION} {_device(reports[0])}, jax'
+        f' {", ".join(versions)}. All candidates and the commands:'
+        ' [`table.md`](experiments/results/controllers/table.md).\n'
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     'digits': lambda: _comparison('digits'),
     'noisy': lambda: _comparison('cifar100_small/noisy'),
     'underfitted': lambda: _comparison('cifar100_small/underfitted'),
     'benchmark': _benchmark,
+    'controllers': _controllers,
 }
 
 

@@ -1,6 +1,7 @@
 """Learned step sizes: the formulas, quantized networks, whole numbers, training."""
 
 import functools
+import json
 import math
 import operator
 import shutil
@@ -25,9 +26,10 @@ from experiments import (
     quantization,
     results,
 )
-from experiments.configs import cifar100, digits, digits_lsq
+from experiments.configs import cifar100, cifar100_small_lsq, digits, digits_lsq
 from experiments.networks.layers import logits, norm
 from experiments.quantization import QuantizedOperands
+from experiments.readme import RESULTS
 from experiments.train import train
 from tests.test_experiments import TASK, changed
 from tests.test_networks import SMALL
@@ -641,6 +643,23 @@ def test_digits_in_a_few_bits_differ_from_the_digits_in_nothing_else(bits):
     }
     for name, settings in quantized.methods.items():
         methods.create(name, settings, quantized.optimizer, TASK)
+
+
+@pytest.mark.parametrize('bits', [2, 4])
+def test_the_small_images_have_the_settings_of_full_precision(bits):
+    quantized = cifar100_small_lsq.get_config(str(bits))
+    configuration.check(quantized)
+    assert quantized.quantization.bits == bits
+    full = json.loads((RESULTS / 'cifar100_small/noisy/tuning.json').read_text())
+    for name in ('sgd', 'sam', 'vsam', 'steady_vsam'):
+        for path, value in full['chosen'][name].items():
+            assert functools.reduce(getattr, path.split('.'), quantized) == value
+    for name, mask in (('sam', False), ('sam_steps', True)):
+        settings = quantized.methods[name]
+        assert settings.get('perturb_step_sizes', True) == mask
+        assert settings.rho == full['chosen']['sam']['methods.sam.rho']
+    for name in quantized.compare.methods:
+        methods.create(name, quantized.methods[name], quantized.optimizer, TASK)
 
 
 @pytest.mark.parametrize('name', ['sam', 'asam', 'looksam', 'vsam'])

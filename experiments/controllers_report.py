@@ -91,8 +91,8 @@ def rows_of(
                 accuracy if name == 'sam' else tables.points(found['minus_sam'])
             )
         if rates:
-            low, high = min(rates), max(rates)
-            rate = f'{low:.2f}' + (f'–{high:.2f}' if high - low >= 0.005 else '')
+            ends = dict.fromkeys(f'{end:.2f}' for end in (min(rates), max(rates)))
+            rate = '–'.join(ends)
             rows.append([titles[0], rate, *cells])
     return ['', 'Sampled', *map(task, reports)], rows
 

@@ -129,11 +129,11 @@ def test_a_fitted_weight_is_one_where_psfs_repeat_and_less_where_they_are_noise(
     assert noisy.scale < 0.9
 
 
-@pytest.mark.parametrize('task', tasks.TASKS)
+@pytest.mark.parametrize('task', [*tasks.TASKS, 'cifar'])
 def test_every_task_is_complete(task):
     config = tasks.get_config(task)
     configuration.check(config)
-    tuned = [method for method, *_ in config.tune.grid]
+    tuned = list(dict.fromkeys(method for method, *_ in config.tune.grid))
     assert tuned == list(config.compare.methods)
     for name in tuned:
         methods.create(name, config.methods[name], config.optimizer, TASK)

@@ -1,6 +1,7 @@
-"""When to sample and how to reuse: candidates on digits, for runs of any length.
+"""When to sample and how to reuse: candidates in runs of any length.
 
-``--config=experiments/configs/controllers.py:TASK`` with a name of :data:`TASKS`. All
+``--config=experiments/configs/controllers.py:TASK`` with a name of :data:`TASKS`, or
+``cifar`` for noisy images of CIFAR-100. All
 candidates stand on two of them, the main ones on the others. Each is tuned
 (``experiments.tune``) over the same radii, and compared with SAM at its own best and at
 SAM's settings (``experiments.controllers``).
@@ -10,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments.configs import digits
+from experiments.configs import cifar100_small, digits
 
 # By name: the network, how many epochs of ten steps, the share of wrong labels, the
 # window of the published controller, and whether all candidates take part.
@@ -159,7 +160,7 @@ def get_config(task: str = 'mlp_600') -> ml_collections.ConfigDict:
     """Every number of a run.
 
     Args:
-        task: one of :data:`TASKS`.
+        task: one of :data:`TASKS`, or ``'cifar'``.
 
     Returns:
         The configuration.
@@ -167,8 +168,11 @@ def get_config(task: str = 'mlp_600') -> ml_collections.ConfigDict:
     Raises:
         ValueError: for another task.
     """
-    if task not in TASKS:
-        raise ValueError(f'task must be one of {", ".join(TASKS)}; got {task!r}.')
+    if task not in (*TASKS, 'cifar'):
+        names = ', '.join((*TASKS, 'cifar'))
+        raise ValueError(f'task must be one of {names}; got {task!r}.')
+    if task == 'cifar':
+        return _cifar()
     network, epochs, noise, window, every_one = TASKS[task]
     config: Any = digits.get_config()
     config.name = f'controllers_{task}'
@@ -208,4 +212,36 @@ def get_config(task: str = 'mlp_600') -> ml_collections.ConfigDict:
             ),
         ),
     }
+    return config
+
+
+def _cifar() -> ml_collections.ConfigDict:
+    """The noisy images of ``cifar100_small.py``, and two more candidates on them.
+
+    Name and settings are those of that configuration, so that its finished runs count.
+    """
+    config: Any = cifar100_small.get_config('noisy')
+    further = {
+        name: settings
+        for name, settings in _candidates(20, 1500, every_one=False).items()
+        if name in ('every_third', 'steady_05')
+    }
+    for name, settings in further.items():
+        config.methods[name] = {'rho': 0.2, **settings}
+        config.methods[name].optimizer = {'learning_rate': 0.1}
+    methods = ('sgd', 'sam', 'vsam', 'steady_vsam')
+    config.compare.methods = (*methods, *further)
+    # The further ones at the learning rate that was best for SAM and steady vSAM.
+    config.tune.grid = (
+        *(row for row in config.tune.grid if row[0] in methods),
+        *(
+            (
+                name,
+                f'methods.{name}.rho',
+                (0.2, 0.3),
+                {f'methods.{name}.optimizer.learning_rate': 0.2},
+            )
+            for name in further
+        ),
+    )
     return config

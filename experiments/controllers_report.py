@@ -26,6 +26,7 @@ EXPLANATION = (
 )
 # What the figures show; the table has all.
 _SHOWN = ('sgd', 'vsam', 'every_third', 'steady_vsam')
+_DEPTH = 30
 _CURVES = ('sam', 'vsam', 'every_third', 'steady_vsam')
 _STYLES = {**plots.STYLES, 'every_third': ('#009E73', '^')}
 
@@ -180,7 +181,10 @@ def differences(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
 
 
 def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Validation accuracy over ρ, a panel per task; SGD's best is a line."""
+    """Validation accuracy over ρ, a panel per task; SGD's best is a line.
+
+    Panels end so many points below the best, where training has failed anyway.
+    """
     with matplotlib.rc_context(plots.SETTINGS):
         columns = min(len(reports), 3)
         rows = -(-len(reports) // columns)
@@ -214,6 +218,8 @@ def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
                 )
                 color, _ = plots.STYLES['sgd']
                 axes.axhline(100 * best, color=color, linestyle='--', label='SGD, best')
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, high - _DEPTH), high)
             axes.set_xscale('log')
             ticks, _, _ = curve('sam', report['methods']['sam']['tried'])
             axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])

@@ -26,6 +26,7 @@ EXPLANATION = (
 )
 # What the figures show; the table has all.
 _SHOWN = ('sgd', 'vsam', 'every_third', 'steady_vsam')
+_SHORT = ('sgd', 'vsam', 'steady_vsam')
 _DEPTH = 30
 _CURVES = ('sam', 'vsam', 'every_third', 'steady_vsam')
 _STYLES = {**plots.STYLES, 'every_third': ('#009E73', '^')}
@@ -111,7 +112,7 @@ def short_rows(
     """
     columns = [
         (name, kind)
-        for name in _SHOWN
+        for name in _SHORT
         for kind in KINDS
         if any(kind in report['methods'].get(name, {}) for report in reports)
     ]

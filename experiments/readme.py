@@ -57,12 +57,28 @@ def _controllers() -> str:
     )
 
 
+def _noise() -> str:
+    content = _load('controllers/noise.json')
+    header: list[str] = []
+    rows = []
+    for sigma, budgets in content['budgets'].items():
+        header = ['σ of log ‖s‖', *(f'b after {number} windows' for number in budgets)]
+        rows.append([sigma, *(f'{row["median"]:.1f}' for row in budgets.values())])
+    return (
+        tables.markdown(header, rows)
+        + f'\nThe published controller on log-normal noise without a trend,'
+        f' K = {content["window"]}, at most {content["max_budget"]}: medians of'
+        f' {content["seeds"]} runs. Command: `{content["command"]}`.\n'
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     'digits': lambda: _comparison('digits'),
     'noisy': lambda: _comparison('cifar100_small/noisy'),
     'underfitted': lambda: _comparison('cifar100_small/underfitted'),
     'benchmark': _benchmark,
     'controllers': _controllers,
+    'noise': _noise,
 }
 
 

@@ -205,6 +205,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def system_variables() -> dict[str, str]:
+    """Environment variables that change how fast programs run."""
+    prefixes = ('MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD', 'XLA_', 'OMP_')
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)}
+
+
 def command() -> str:
     """The command line of this process, without the interpreter's path."""
     arguments = sys.orig_argv[1:]

@@ -8,6 +8,8 @@
 ``rounds``        times of all of them, interleaved
 ``sweeps``        cost against number of parameters, batch size and window
 ``whole_runs``    planned runs over whole windows against the sum of their steps
+``programs``      memory, copies, time to compile and page faults of programs
+``host``          driver, window boundaries, idle device
 ``report``        tables and figure, made from the JSON alone
 ================  ================================================================
 """

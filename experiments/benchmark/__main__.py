@@ -53,7 +53,7 @@ class _Benchmark:
         self.content: dict[str, Any] = {
             'command': results.command(),
             **results.environment(),
-            'xla_flags': os.environ.get('XLA_FLAGS', ''),
+            'variables': results.system_variables(),
             'rounds': number,
         }
 

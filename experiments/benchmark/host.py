@@ -1,0 +1,142 @@
+"""What the host adds to planned steps: the driver, window boundaries, idle time."""
+
+import glob
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+import vsam_jax
+from experiments.benchmark import jax_steps, variants
+from experiments.benchmark.problems import Problem
+
+
+class _Reuse:
+    """Reuse steps, with the driver or without one."""
+
+    def __init__(self, problem: Problem, window: int):
+        # No step is a sample, whatever the plan says: its reading is what counts.
+        tx = variants.vsam(problem.base, window=window, segments=1, warmup_steps=0)
+        self._driver = vsam_jax.PlannedStep(jax_steps.train_step(problem))
+        self._state = jax_steps.new_state(problem, tx)
+        self._batch = jax.device_put(problem.batch())
+
+    def run(self, steps: int, with_driver: bool) -> float:
+        """Seconds of a step."""
+        program = self._driver.program(False)
+        start = time.perf_counter()
+        for _ in range(steps):
+            if with_driver:
+                self._state, _ = self._driver(self._state, self._batch, sample=False)
+            else:
+                self._state, _ = program(self._state, self._batch)
+        jax.block_until_ready(self._state)
+        return (time.perf_counter() - start) / steps
+
+
+def boundary(
+    problem: Problem,
+    *,
+    rounds: int,
+    steps: int = 100,
+    windows: tuple[int, int] = (2, 50),
+) -> dict[str, float]:
+    """Seconds that a window boundary costs, and those of the driver at each step.
+
+    With windows of K steps the driver adds o + c / K to a step, c for reading the
+    plan; two different K give both.
+
+    Args:
+        problem: the network; a small one, whose steps do not hide the host's work.
+        rounds: how often it is timed; the median counts.
+        steps: of each timing.
+        windows: the two K.
+
+    Returns:
+        ``seconds_per_boundary``, ``seconds_per_call``, and for scale
+        ``step_seconds`` of a step without a driver.
+    """
+    runs = {window: _Reuse(problem, window) for window in windows}
+    added: dict[int, list[float]] = {window: [] for window in windows}
+    plain = []
+    for number in range(rounds + 1):
+        for window, run in runs.items():
+            without = run.run(steps, with_driver=False)
+            extra = run.run(steps, with_driver=True) - without
+            if number:
+                added[window].append(extra)
+                plain.append(without)
+    few, many = windows
+    short, long = (statistics.median(added[window]) for window in windows)
+    per_boundary = (short - long) / (1 / few - 1 / many)
+    return {
+        'seconds_per_boundary': per_boundary,
+        'seconds_per_call': long - per_boundary / many,
+        'step_seconds': statistics.median(plain),
+    }
+
+
+def idle_share(problem: Problem, window: int, windows: int) -> float | None:
+    """The share of a planned run in which the device had nothing to do.
+
+    Args:
+        problem: the network.
+        window: K.
+        windows: how many are run.
+
+    Returns:
+        The share between the first and the last thing that the device did, as JAX's
+        profiler recorded it; None where it recorded nothing of the device.
+    """
+    tx = variants.vsam(problem.base, window=window, segments=1, warmup_steps=0)
+    driver = vsam_jax.PlannedStep(jax_steps.train_step(problem))
+    state = jax_steps.new_state(problem, tx)
+    batch = jax.device_put(problem.batch())
+    # Both programs are compiled in the first window.
+    for _ in range(window):
+        state, _ = driver(state, batch)
+    jax.block_until_ready(state)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(windows * window):
+                state, _ = driver(state, batch)
+            jax.block_until_ready(state)
+        (file,) = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
+        return idle(_device_work(jax.profiler.ProfileData.from_file(file)))
+
+
+def _device_work(profile: Any) -> Iterable[tuple[float, float]]:
+    """Start and end, in nanoseconds, of what a device did."""
+    for plane in profile.planes:
+        accelerator = plane.name.startswith('/device:')
+        for line in plane.lines:
+            # On the CPU programs run in threads of the host.
+            if not accelerator and not line.name.startswith('tf_XLA'):
+                continue
+            for event in line.events:
+                if accelerator or event.name == 'ThunkExecutor::Execute':
+                    yield event.start_ns, event.start_ns + event.duration_ns
+
+
+def idle(intervals: Iterable[tuple[float, float]]) -> float | None:
+    """The share of the time from the first start to the last end that none covers.
+
+    Args:
+        intervals: pairs of start and end, in any order; they may overlap.
+
+    Returns:
+        The share in [0, 1], None without intervals.
+    """
+    ordered = sorted(intervals)
+    if not ordered:
+        return None
+    first, reached, busy = ordered[0][0], ordered[0][0], 0.0
+    for start, end in ordered:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - first)

@@ -36,7 +36,7 @@ def profile(
     Returns:
         What the JSON holds of it.
     """
-    found = {'title': problem.full_title, 'base': problem.base}
+    found: dict[str, Any] = {'title': problem.full_title, 'base': problem.base}
     found |= programs.describe(problem)
     found['compile_seconds'] = {
         name: statistics.median(seconds)

@@ -196,12 +196,14 @@ def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
         for axes in panels[len(reports) :]:
             axes.remove()
         for axes, report in zip(panels, reports, strict=False):
+            radii: set[float] = set()
             for name in _CURVES:
                 method = report['methods'].get(name)
                 if method is None:
                     continue
                 color, marker = _STYLES.get(name, plots.OTHER)
                 rhos, means, values = curve(name, method['tried'])
+                radii.update(rhos)
                 axes.plot(
                     rhos,
                     means,
@@ -222,7 +224,7 @@ def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, high - _DEPTH), high)
             axes.set_xscale('log')
-            ticks, _, _ = curve('sam', report['methods']['sam']['tried'])
+            ticks = sorted(radii)
             axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
             axes.set_xticks([], minor=True)
             axes.set_title(task(report), loc='left', fontsize=9)

@@ -9,7 +9,7 @@ NEWEST_PYTHON ?= python3.12
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
 
-.PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench paper clean
+.PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
@@ -17,6 +17,7 @@ help:
 # A virtual environment per extra, made anew when its requirements change.
 .venv-test/.ready: EXTRA = dev
 .venv-demo/.ready: EXTRA = experiments
+.venv-bench/.ready: EXTRA = benchmark
 .venv-paper/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 .venv-%/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else \
@@ -70,8 +71,11 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 	  tx.update(w, tx.init(w), w, grad_fn=lambda w: w); \
 	  print("the wheel works:", vsam_jax.__name__, vsam_jax.__version__)'
 
-bench: .venv-demo/.ready ## cost of one step as a multiple of SGD's
-	$(DEMO)/python -m experiments.benchmark --output=experiments/results/benchmark.json
+bench: .venv-bench/.ready ## cost of steps and of whole runs, against optax and PyTorch
+	.venv-bench/bin/python -m experiments.benchmark --output=experiments/results/benchmark.json
+
+profile: .venv-bench/.ready ## where the time and the memory of a step go
+	.venv-bench/bin/python -m experiments.profile --output=experiments/results/profile.json
 
 # Overridden for a trial: make paper MODELS=small_resnet OPTIONS='--config.epochs=1 ...'
 MODELS ?= resnet18 wide_resnet
@@ -95,4 +99,4 @@ paper: .venv-paper/.ready ## CIFAR-100 on an accelerator: tuning, six methods, F
 	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
 
 clean: ## removes what the others made
-	rm -rf .venv-test .venv-demo .venv-paper .venv-oldest .venv-newest build demo runs
+	rm -rf .venv-test .venv-demo .venv-bench .venv-paper .venv-oldest .venv-newest build demo runs

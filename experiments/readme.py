@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments import controllers_report, tables
+from experiments import controllers_report, flatness_report, tables
 from experiments.benchmark import report
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,12 +48,15 @@ def _benchmark() -> str:
 
 def _controllers() -> str:
     reports = controllers_report.load(RESULTS / 'controllers')
+    fresh = controllers_report.load(RESULTS / 'controllers/fresh')
     versions = sorted({report['versions']['jax'] for report in reports})
     return (
         tables.markdown(*controllers_report.short_rows(reports))
         + f'\n{controllers_report.EXPLANATION} {_device(reports[0])}, jax'
         f' {", ".join(versions)}. All candidates and the commands:'
-        ' [`table.md`](experiments/results/controllers/table.md).\n'
+        ' [`table.md`](experiments/results/controllers/table.md). The same with further'
+        ' seeds, which nothing was chosen with:\n\n'
+        + tables.markdown(*controllers_report.short_rows(fresh))
     )
 
 
@@ -72,6 +75,14 @@ def _noise() -> str:
     )
 
 
+def _flatness() -> str:
+    summary = _load('cifar100_small/flatness/flatness.json')
+    return (
+        tables.markdown(*flatness_report.table(summary))
+        + f'\n{flatness_report.footnote(summary)} Command: `{summary["command"]}`.\n'
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     'digits': lambda: _comparison('digits'),
     'noisy': lambda: _comparison('cifar100_small/noisy'),
@@ -79,6 +90,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'benchmark': _benchmark,
     'controllers': _controllers,
     'noise': _noise,
+    'flatness': _flatness,
 }
 
 

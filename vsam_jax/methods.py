@@ -222,7 +222,7 @@ def steady_vsam(
     axis_name: _collectives.AxisName = None,
     per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""vSAM for runs of any length: every third step, at SAM's own ρ.
+    r"""vSAM for runs of any length: every third step, from the first one on.
 
     The second gradient is taken on steps 0, k, 2k, …, where the direction is that of
     SAM, g + s; on the k − 1 steps after each it is reused at one weight,
@@ -243,7 +243,8 @@ def steady_vsam(
     depends on how long the run is: the plan is the same in every window.
 
     Args:
-        rho: ρ, as in :func:`vsam`; what suits SAM suits here.
+        rho: ρ, as in :func:`vsam`. What suits SAM is the value to start with; where
+            training goes on until ‖s‖ outgrows ‖g‖, a larger one is better.
         every: k >= 1, a second gradient every so many steps; 1 is SAM, and stores
             nothing.
         tolerance: η >= 0, by how much the noise of the directions may exceed that

@@ -87,6 +87,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'digits': lambda: _comparison('digits'),
     'noisy': lambda: _comparison('cifar100_small/noisy'),
     'underfitted': lambda: _comparison('cifar100_small/underfitted'),
+    'lsq4': lambda: _comparison('digits_lsq/4'),
     'benchmark': _benchmark,
     'controllers': _controllers,
     'noise': _noise,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import results
+from experiments import configuration, results
 from experiments.configuration import ConfigError
 
 PyTree = Any
@@ -20,7 +20,8 @@ def result_of(path: pathlib.Path) -> dict[str, Any]:
         path: the workdir of the run.
 
     Returns:
-        The result; its settings, under ``'config'``, are a dictionary.
+        The result; its settings, under ``'config'``, are a dictionary, without the
+        directories of the machine that it ran on.
 
     Raises:
         ConfigError: if no finished run is there.
@@ -29,11 +30,12 @@ def result_of(path: pathlib.Path) -> dict[str, Any]:
         result = json.loads((path / results.RESULT).read_text())
         if not isinstance(result['config'], dict):
             raise TypeError(f'no settings but {result["config"]!r}')
+        settings = configuration.without_places(result['config'])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f'expected the workdir of a finished run, got {str(path)!r}: {error!r}.'
         ) from error
-    return result
+    return {**result, 'config': settings}
 
 
 def steps(path: pathlib.Path) -> list[int]:

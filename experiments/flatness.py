@@ -158,7 +158,7 @@ def measure(
         for path, run in zip(paths, runs, strict=True):
             bar.note(str(path))
             entry = known.get(str(path))
-            if entry is None or entry['config'] != _settings_of(run):
+            if entry is None or entry['config'] != run['config']:
                 entry = meter.measure(path, run)
             measured.append(results.jsonable(entry))
             # After each run, so that a measurement may be interrupted.
@@ -175,7 +175,7 @@ def measure(
 
 
 def _check_task(paths: list[pathlib.Path], runs: list[dict[str, Any]]) -> None:
-    configs = [_settings_of(run) for run in runs]
+    configs = [run['config'] for run in runs]
     tasks = [{key: config[key] for key in _TASK} for config in configs]
     for path, task in zip(paths, tasks, strict=True):
         differs = configuration.differences(tasks[0], task)
@@ -186,11 +186,6 @@ def _check_task(paths: list[pathlib.Path], runs: list[dict[str, Any]]) -> None:
             )
 
 
-def _settings_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run, without the directories of the machine it ran on."""
-    return configuration.without_places(run['config'])
-
-
 def _known(file: pathlib.Path, settings: Settings) -> dict[str, dict[str, Any]]:
     """The runs that a file holds, if they were measured with these settings."""
     if not file.exists():
@@ -199,10 +194,7 @@ def _known(file: pathlib.Path, settings: Settings) -> dict[str, dict[str, Any]]:
         summary = json.loads(file.read_text())
         if summary['settings'] != results.jsonable(dataclasses.asdict(settings)):
             return {}
-        return {
-            entry['workdir']: {**entry, 'config': _settings_of(entry)}
-            for entry in summary['runs']
-        }
+        return {entry['workdir']: entry for entry in summary['runs']}
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f'{file} holds no measurement of flatness ({error!r}). Move it away.'
@@ -255,7 +247,7 @@ class _Meter:
                 'seed': run.config.seed,
                 'step': run.steps[-1],
                 'test_accuracy': result['test_accuracy'],
-                'config': _settings_of(result),
+                'config': result['config'],
                 **self._minimum(run),
                 'lemma': self._lemma(run),
             }

@@ -116,20 +116,22 @@ def measure(
     )
 
 
+def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the medians: a σ per row."""
+    header = ['σ of log ‖s‖', *(f'b after {number} windows' for number in WINDOWS)]
+    rows = [
+        [sigma, *(f'{row["median"]:.1f}' for row in budget.values())]
+        for sigma, budget in summary['budgets'].items()
+    ]
+    return header, rows
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measures and writes the file."""
     with configuration.usage(arguments):
         summary = measure()
     results.write_json(pathlib.Path(flags.FLAGS.output), summary)
-    rows = [
-        [sigma, *(f'{row["median"]:.1f}' for row in budget.values())]
-        for sigma, budget in summary['budgets'].items()
-    ]
-    tables.show(
-        f'Budget of K = {summary["window"]} on noise, medians',
-        ['σ', *(f'{number} windows' for number in WINDOWS)],
-        rows,
-    )
+    tables.show(f'Budget of K = {summary["window"]} on noise', *rows_of(summary))
 
 
 if __name__ == '__main__':

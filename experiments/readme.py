@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments import controllers_report, flatness_report, tables
+from experiments import controllers_report, flatness_report, noise, results, tables
 from experiments.benchmark import report
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,13 +62,8 @@ def _controllers() -> str:
 
 def _noise() -> str:
     content = _load('controllers/noise.json')
-    header: list[str] = []
-    rows = []
-    for sigma, budgets in content['budgets'].items():
-        header = ['σ of log ‖s‖', *(f'b after {number} windows' for number in budgets)]
-        rows.append([sigma, *(f'{row["median"]:.1f}' for row in budgets.values())])
     return (
-        tables.markdown(header, rows)
+        tables.markdown(*noise.rows_of(content))
         + f'\nThe published controller on log-normal noise without a trend,'
         f' K = {content["window"]}, at most {content["max_budget"]}: medians of'
         f' {content["seeds"]} runs. Command: `{content["command"]}`.\n'
@@ -83,6 +78,23 @@ def _flatness() -> str:
     )
 
 
+def _lemma() -> str:
+    content = _load('cifar100_small/lemma1/flatness.json')
+    margins = [
+        bound / norm
+        for run in content['runs']
+        for row in run['lemma']
+        for bound, norm in zip(row['bound'], row['psf_norm'], strict=True)
+    ]
+    held = sum(margin >= 1 for margin in margins)
+    spread = results.quartiles(margins)
+    return (
+        f'The bound held on {held} of {len(margins)} mini-batches; it is'
+        f' {spread["median"]:.1f} times ‖s‖ (quartiles {spread["low"]:.1f} and'
+        f' {spread["high"]:.1f}). Command: `{content["command"]}`.\n'
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     'digits': lambda: _comparison('digits'),
     'noisy': lambda: _comparison('cifar100_small/noisy'),
@@ -92,6 +104,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'controllers': _controllers,
     'noise': _noise,
     'flatness': _flatness,
+    'lemma': _lemma,
 }
 
 

@@ -403,3 +403,13 @@ def test_what_cannot_be_measured_is_refused(config, runs, tmp_path):
 def test_settings_that_cannot_be_meant_are_refused(values, message):
     with pytest.raises(configuration.ConfigError, match=message):
         flatness.Settings(**values)
+
+
+def test_what_is_read_of_a_run_names_no_directory_of_its_machine(tmp_path):
+    data = {'name': 'digits', 'cache_dir': 'there', 'data_dir': 'there'}
+    result = {'config': {'seed': 1, 'data': data}, 'test_accuracy': 0.5}
+    (tmp_path / 'result.json').write_text(json.dumps(result))
+    assert finished.result_of(tmp_path) == {
+        'config': {'seed': 1, 'data': {'name': 'digits'}},
+        'test_accuracy': 0.5,
+    }

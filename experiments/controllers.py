@@ -20,10 +20,9 @@ from typing import Any
 from absl import flags
 
 from experiments import configuration, data, progress, results, shards, tables, tune
-from experiments.experiment import Experiment
 from experiments.methods import title
 from experiments.shards import Shard
-from experiments.train import train
+from experiments.train import train_seeds
 
 SUMMARY = 'controllers.json'
 _SAM = 'methods.sam.'
@@ -74,22 +73,15 @@ def measure(
                 # Where both settings are the same, so are the runs.
                 suffix = _PLACES[kind] if settings != kinds['own'] else ''
                 run = configuration.with_values(config, {'method': method, **settings})
-                runs[method][kind] = []
-                experiment = None
-                for seed in seeds:
-                    bar.advance()
-                    number += 1
-                    if not shard.holds(number):
-                        continue
-                    place = path / (method + suffix) / f'seed{seed}'
-                    run = configuration.with_values(run, {'seed': seed})
-                    done = results.finished(place, configuration.of_run(run))
-                    if done is None:
-                        experiment = experiment or Experiment(run, dataset)
-                        done = train(
-                            run, place, experiment=experiment, bar=progress.Bar()
-                        )
-                    runs[method][kind].append(done)
+                runs[method][kind] = train_seeds(
+                    run,
+                    seeds,
+                    path / (method + suffix),
+                    dataset=dataset,
+                    holds=lambda place, first=number: shard.holds(first + place),
+                    bar=bar,
+                )
+                number += len(seeds)
                 bar.note(f'{method}, {kind}')
     if not shard.whole:
         return {}

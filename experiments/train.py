@@ -21,7 +21,7 @@ import functools
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 
 import vsam_jax
-from experiments import configuration, devices, progress, results
+from experiments import configuration, data, devices, progress, results
 from experiments.experiment import COLUMNS, Experiment, RunState
 
 
@@ -99,6 +99,43 @@ def train(
         return results.jsonable(result)
 
     return devices.on_first(write)
+
+
+def train_seeds(
+    config: Any,
+    seeds: Sequence[int],
+    workdir: pathlib.Path,
+    *,
+    dataset: data.Dataset,
+    holds: Callable[[int], bool],
+    bar: progress.Bar,
+) -> list[dict[str, Any] | None]:
+    """Runs a configuration with several seeds, those that are not finished yet.
+
+    Args:
+        config: the configuration; its seed does not matter.
+        seeds: the seeds.
+        workdir: where the runs are, ``seed0`` and so on below it.
+        dataset: the data set of ``config.data``.
+        holds: whether the run of the seed in this place is to be made here.
+        bar: goes on by one for each seed.
+
+    Returns:
+        Results, one per seed; None where a run is neither finished nor made here.
+    """
+    # Compiled for the first run that has to be made.
+    experiment = None
+    found = []
+    for place, seed in enumerate(seeds):
+        run = configuration.with_values(config, {'seed': seed})
+        path = workdir / f'seed{seed}'
+        result = results.finished(path, configuration.of_run(run))
+        if result is None and holds(place):
+            experiment = experiment or Experiment(config, dataset)
+            result = train(run, path, experiment=experiment, bar=progress.Bar())
+        found.append(result)
+        bar.advance()
+    return found
 
 
 def _run(

@@ -18,10 +18,9 @@ import numpy as np
 from absl import flags
 
 from experiments import configuration, data, progress, results, shards, tables
-from experiments.experiment import Experiment
 from experiments.methods import title
 from experiments.shards import Shard
-from experiments.train import train
+from experiments.train import train_seeds
 
 TUNING = 'tuning.json'
 
@@ -153,21 +152,17 @@ def _try(
             config, {'method': trial.method, **trial.settings}
         )
         name = ','.join(f'{key}={value}' for key, value in trial.settings.items())
-        experiment = None
-        for place, seed in enumerate(seeds, number * len(seeds)):
-            run = configuration.with_values(setting, {'seed': seed})
-            workdir = path / trial.method / name / f'seed{seed}'
-            done = results.finished(workdir, configuration.of_run(run))
-            if done is None and not shard.holds(place):
-                complete = False
-            else:
-                if done is None:
-                    experiment = experiment or Experiment(setting, dataset)
-                    done = train(
-                        run, workdir, experiment=experiment, bar=progress.Bar()
-                    )
-                trial.runs.append(done)
-            bar.advance()
+        first = number * len(seeds)
+        runs = train_seeds(
+            setting,
+            seeds,
+            path / trial.method / name,
+            dataset=dataset,
+            holds=lambda place, first=first: shard.holds(first + place),
+            bar=bar,
+        )
+        trial.runs += [run for run in runs if run is not None]
+        complete = complete and None not in runs
         if trial.runs:
             bar.note(f'{trial.method} {name}: {100 * trial.accuracy():.1f} %')
     return complete

@@ -295,9 +295,6 @@ def from_rate(
     window: int,
     warmup_steps: int,
     first_rate: float = 1 / 3,
-    norm_gain: float = 0.13,
-    variance_gain: float = 0.13,
-    max_rate: float = 0.8,
     perturb_mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The published controller with an initial budget of ``first_rate · window``."""
@@ -305,9 +302,9 @@ def from_rate(
         window=window,
         segments=5,
         warmup_steps=warmup_steps,
-        norm_gain=norm_gain,
-        variance_gain=variance_gain,
-        max_rate=max_rate,
+        norm_gain=0.13,
+        variance_gain=0.13,
+        max_rate=0.8,
         seed=0,
         first_rate=first_rate,
     )

@@ -36,7 +36,7 @@ def get_config(bits: str = '4') -> ml_collections.ConfigDict:
     config.name = f'cifar100_small_lsq{bits}'
     config.quantization = {'bits': int(bits)}
     digits_lsq.with_perturbed_steps(config)
-    config.compare.update({'methods': names, 'seeds': (0, 1, 2)})
+    config.compare.update({'methods': names, 'seeds': (0, 1, 2, 3, 4)})
     # Nothing is tuned.
     del config.tune
     return config

@@ -1,13 +1,11 @@
 """How a loss curves around a point: products with its Hessian and what follows.
 
 Everything here works on flat vectors of parameters and goes through a list of
-mini-batches one after the other. The loops are Python's on purpose. XLA's CPU backend
-has fast convolution gradients outside loops alone: matfree's traced Lanczos iteration
-(``matfree.eig.eigh_partial``) took 14 to 23 times as long per product for a small CNN
-on two cores. So the Lanczos iteration is ARPACK's, through SciPy, which also restarts
-until it has converged; it costs a copy of a vector to the host and back per product.
-matfree estimates the trace: it leaves the loop over its vectors to a ``vmap``, which
-can be told to be a Python loop.
+mini-batches one after the other. The loops are Python's, so that nothing is compiled
+anew for another number of mini-batches. The Lanczos iteration is ARPACK's, through
+SciPy, which restarts until it has converged; it costs a copy of a vector to the host
+and back per product. matfree estimates the trace: it leaves the loop over its vectors
+to a ``vmap``, which can be told to be a Python loop.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -91,31 +91,6 @@ def test_planned_programs_hold_no_conditional_and_the_traced_one_does(batches):
     assert conditionals(told) > 0
 
 
-def conv_loss(kernels, images):
-    for kernel in kernels:
-        images = jax.lax.conv(images, kernel, (1, 1), 'SAME')
-    return jnp.mean(images**2)
-
-
-@pytest.mark.parametrize('nested', [False, True])
-def test_traced_convolutions_on_the_cpu_are_slow_and_a_warning_says_so(nested):
-    loss = jax.jit(conv_loss) if nested else conv_loss
-    train_step = problems.make_step(optimizer(), loss)
-    images = jnp.ones((1, 2, 4, 4))
-    kernels = [jnp.ones((2, 2, 3, 3))] * 2
-    state = jax.eval_shape(lambda: (kernels, optimizer().init(kernels)))
-    with pytest.warns(RuntimeWarning, match=r'Run it planned: .*PlannedStep'):
-        jax.jit(train_step).lower(state, images)
-    # No warning (which would be an error): no conditional, or one small convolution.
-    for sample in (True, False):
-        vsam_jax.PlannedStep(train_step).program(sample).lower(state, images)
-    one = jax.eval_shape(lambda: (kernels[:1], optimizer().init(kernels[:1])))
-    jax.jit(train_step).lower(one, images)
-    tx = optax.chain(vsam_jax.sam(0.1), optax.sgd(0.1))
-    always = jax.eval_shape(lambda: (kernels, tx.init(kernels)))
-    jax.jit(problems.make_step(tx, loss)).lower(always, images)
-
-
 def test_the_reuse_program_evaluates_one_gradient_and_the_sampled_one_two():
     calls = []
 

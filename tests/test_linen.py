@@ -197,15 +197,6 @@ def test_micro_batches_take_one_second_gradient_of_each_part_with_its_mask():
     assert differ(new.batch_stats, stats[1])
 
 
-def test_no_loop_is_left_on_the_cpu():
-    loss_fn = lambda w, stats, batch, key: (jnp.sum((batch[0] @ w) ** 2), (stats, key))
-    step = vsam_jax.make_train_step(loss_fn, num_micro_batches=2)
-    state = vsam_jax.TrainState.create(
-        apply_fn=None, params=jnp.ones((3, 1)), tx=optimizer('sam')
-    )
-    assert 'while' not in jax.jit(step).lower(state, data()).compile().as_text()
-
-
 def test_micro_batches_that_do_not_divide_the_batch_are_refused():
     step = vsam_jax.make_train_step(make_loss_fn(Model()), num_micro_batches=3)
     with pytest.raises(ValueError, match=r'num_micro_batches must divide .*=3 .*8, 3'):

@@ -1,6 +1,13 @@
 """Sharpness-aware training for JAX with a second gradient only where it pays."""
 
-from vsam_jax import checkpoint, perturbation, reuse, sampling, statistics
+from vsam_jax import (
+    checkpoint,
+    convolutions,
+    perturbation,
+    reuse,
+    sampling,
+    statistics,
+)
 from vsam_jax._metrics import metrics
 from vsam_jax.dispatch import PlannedStep
 from vsam_jax.methods import (
@@ -27,6 +34,7 @@ __all__ = [
     'VSAMState',
     'asam',
     'checkpoint',
+    'convolutions',
     'find_state',
     'looksam',
     'make_nnx_train_step',

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
 
-from vsam_jax import _checks, _numerics
+from vsam_jax import _checks, _numerics, convolutions
 from vsam_jax._types import PyTree
 
 # (params, collections, batch, key) -> (loss, (collections, aux))
@@ -104,6 +104,8 @@ def _accumulated(gradient: Gradient, num_micro_batches: int) -> Gradient:
             )
         return x.reshape(num_micro_batches, -1, *x.shape[1:])
 
+    gradient = convolutions.canonical(gradient)
+
     def accumulated(
         params: PyTree, collections: PyTree, batch: Any, key: jax.Array | None
     ) -> tuple[PyTree, tuple[PyTree, Any]]:
@@ -120,8 +122,6 @@ def _accumulated(gradient: Gradient, num_micro_batches: int) -> Gradient:
             add,
             (zeros, collections),
             (jnp.arange(num_micro_batches), jax.tree.map(split, batch)),
-            # XLA's CPU backend has fast convolution gradients outside loops alone.
-            unroll=jax.default_backend() == 'cpu',
         )
         mean = optax.tree.scale(1 / num_micro_batches, total)
         return optax.tree.cast_like(mean, params), (collections, aux)

@@ -4,14 +4,13 @@
 programs that must be one: scan, vmap, export, a TPU step.
 
 *Planned*: two programs without a conditional; the host, which knows the plan of
-a window before it starts, picks one. The fast form: XLA's CPU backend runs
-convolution gradients inside a conditional on naive loops (tens of times
-slower), and a GPU's predicate has to travel to the host at every step.
+a window before it starts, picks one. The fast form: what passes through a
+conditional is copied, and a GPU's predicate has to travel to the host at
+every step.
 """
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core
-from jax.extend import core as jex_core
 
+from vsam_jax import convolutions
 from vsam_jax.state import VSAMState, locate_state, with_own_buffers
 
 T = TypeVar('T')
@@ -61,44 +60,8 @@ def choose(
     """Runs one of two functions; a conditional is made only if it must be."""
     if isinstance(sample, bool):
         return sampled() if sample else unsampled()
-    if jax.default_backend() == 'cpu':
-        sampled = _warning_of_convolutions(sampled)
-    return jax.lax.cond(sample, sampled, unsampled)
-
-
-def _warning_of_convolutions(branch: Callable[[], T]) -> Callable[[], T]:
-    """The same branch; it warns while it is traced if it would be slow on the CPU."""
-
-    def watched() -> T:
-        # The operations are read off the one time that the branch is traced.
-        program, shape = jax.make_jaxpr(branch, return_shape=True)()
-        # One layer, forward and backward, is what a transformer cuts patches with.
-        if _count(program.jaxpr, 'conv_general_dilated') > 2:
-            warnings.warn(
-                'A traced step (sample=None) takes the second gradient inside a'
-                " conditional, in which XLA's CPU backend runs gradients of"
-                ' convolutions tens of times slower. Run it planned:'
-                ' step = vsam_jax.PlannedStep(train_step), or PlannedNNXStep.',
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return jax.tree.unflatten(
-            jax.tree.structure(shape), jex_core.jaxpr_as_fun(program)()
-        )
-
-    return watched
-
-
-def _count(program: Any, primitive: str) -> int:
-    """How often an operation stands in a jaxpr and in those inside of it."""
-    number = 0
-    for equation in program.eqns:
-        number += equation.primitive.name == primitive
-        for inner in jax.tree.leaves(list(equation.params.values())):
-            inner = getattr(inner, 'jaxpr', inner)
-            if hasattr(inner, 'eqns'):
-                number += _count(inner, primitive)
-    return number
+    # The first pass may stand in the outermost computation, this one does not.
+    return jax.lax.cond(sample, convolutions.canonical(sampled), unsampled)
 
 
 class PlannedStep:

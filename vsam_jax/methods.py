@@ -79,9 +79,8 @@ def vsam(
     the gradient of the same mini-batch, with the same dropout key, called at most
     once. ``sample`` decides this step: None follows the plan in the state inside
     one program (*traced*, a ``jax.lax.cond``); a Python bool compiles a step
-    without a conditional (*planned*, see :class:`vsam_jax.PlannedStep`, and much
-    faster for convolutions on the CPU); a boolean array overrides the plan in a
-    traced step.
+    without a conditional (*planned*, see :class:`vsam_jax.PlannedStep`); a boolean
+    array overrides the plan in a traced step.
 
     Args:
         rho: ρ, the radius of the perturbation: a number >= 0 (0 gives the base
@@ -151,10 +150,11 @@ def vsam(
       Accumulate gradients *inside* one update: with
       ``grad = optax.microbatching.microbatch(jax.grad(loss), 1, microbatch_size,
       optax.microbatching.AccumulationType.MEAN)`` give ``grad(params, batch)`` to
-      ``update`` and ``lambda p: grad(p, batch)`` as ``grad_fn``. It is a loop, in
-      which XLA's CPU backend has no fast convolution gradients; the step builders
-      (``num_micro_batches`` of :func:`vsam_jax.make_train_step`) unroll theirs
-      there. ``optax.MultiSteps`` around vsam runs the inner update on every
+      ``update`` and ``lambda p: grad(p, batch)`` as ``grad_fn``. It is a loop: for
+      convolutions on the CPU wrap the inner gradient in
+      :func:`vsam_jax.convolutions.canonical`, as the step builders do
+      (``num_micro_batches`` of :func:`vsam_jax.make_train_step`).
+      ``optax.MultiSteps`` around vsam runs the inner update on every
       mini-step; it is right if ``sample=False`` on all but the last one, whose
       ``grad_fn`` covers the whole batch. After vsam, as in ``chain(vsam,
       MultiSteps(sgd, k).gradient_transformation())``, it averages the directions

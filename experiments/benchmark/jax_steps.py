@@ -1,7 +1,6 @@
 """Compiled training steps in JAX, and the train states that they carry on."""
 
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -83,10 +82,7 @@ class Program:
 
         start = time.perf_counter()
         jitted = jax.jit(program, donate_argnums=0)
-        with warnings.catch_warnings():
-            # What is slow in a traced step is what is measured here.
-            warnings.simplefilter('ignore', RuntimeWarning)
-            lowered = jitted.lower(state, batch, *self.arguments)
+        lowered = jitted.lower(state, batch, *self.arguments)
         self.executable = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
         cost: Any = lowered.cost_analysis()

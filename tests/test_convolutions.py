@@ -1,0 +1,213 @@
+"""Convolutions inside conditionals and loops on the CPU."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import vsam_jax
+from tests import problems
+from vsam_jax import convolutions
+
+# Kernels, inputs and outputs as words, for convolutions of one to three dimensions in
+# every kind of order, and settings of them.
+CONVOLUTIONS = {
+    'canonical': (('NHWC', 'HWIO', 'NHWC'), {}),
+    'channels first': (('NCHW', 'OIHW', 'NCHW'), {'padding': 'SAME'}),
+    'another order of outputs': (('HNCW', 'IWOH', 'CWNH'), {'padding': 'VALID'}),
+    'one dimension': (('NCW', 'OIW', 'NCW'), {'window_strides': (2,)}),
+    'no dimension': (('CN', 'IO', 'CN'), {}),
+    'three dimensions': (('NCDHW', 'DHWIO', 'NDHWC'), {'padding': 'SAME'}),
+    'strides and dilations': (
+        ('NCHW', 'OIHW', 'NCHW'),
+        {
+            'window_strides': (2, 1),
+            'padding': ((1, 2), (0, 3)),
+            'lhs_dilation': (1, 2),
+            'rhs_dilation': (2, 1),
+        },
+    ),
+    'groups of channels': (('NCHW', 'OIHW', 'NCHW'), {'feature_group_count': 2}),
+    'groups of examples': (('NCHW', 'OIHW', 'NCHW'), {'batch_group_count': 2}),
+}
+SIZES = {'N': 4, 'C': 4, 'I': 4, 'O': 6, 'H': 5, 'W': 7, 'D': 3}
+
+
+def convolution(name):
+    """A convolution and random arguments of it."""
+    (lhs, rhs, out), settings = CONVOLUTIONS[name]
+    space = len(lhs) - 2
+    sizes = SIZES | {'I': SIZES['I'] // settings.get('feature_group_count', 1)}
+    kernel_sizes = sizes | {'H': 3, 'W': 2, 'D': 2}
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=[sizes[c] for c in lhs])
+    kernel = rng.normal(size=[kernel_sizes[c] for c in rhs])
+    settings = {'window_strides': (1,) * space, 'padding': 'VALID', **settings}
+    convolve = lambda inputs, kernel: lax.conv_general_dilated(
+        inputs, kernel, dimension_numbers=(lhs, rhs, out), **settings
+    )
+    return convolve, inputs, kernel
+
+
+def orders(function, *args):
+    """The orders of dimensions of the convolutions in a lowered program."""
+    text = jax.jit(function).lower(*args).as_text()
+    return re.findall(r'dim_numbers = (.*?->\[.*?\])', text)
+
+
+def gradient(name):
+    convolve, inputs, kernel = convolution(name)
+    loss = lambda args: jnp.sum(jnp.sin(convolve(*args)))
+    return jax.value_and_grad(loss), (inputs, kernel)
+
+
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_values_and_gradients_stay_and_dimensions_are_in_the_fast_order(name):
+    function, args = gradient(name)
+    with jax.enable_x64(True):
+        chex.assert_trees_all_close(
+            convolutions.canonical(function)(args), function(args), rtol=1e-12
+        )
+        found = orders(convolutions.canonical(function), args)
+    space = ', '.join(['b', *map(str, range(args[0].ndim - 2)), 'f'])
+    kernel = ', '.join([*map(str, range(args[0].ndim - 2)), 'i', 'o'])
+    assert found == 3 * [f'[{space}]x[{kernel}]->[{space}]']
+
+
+@jax.custom_vjp
+def flipped(x):
+    return x
+
+
+flipped.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+
+def in_branch(function):
+    return lambda *args: lax.cond(jnp.sum(args[0]) > 0, function, function, *args)
+
+
+def in_loop(function):
+    return lambda *args: lax.scan(lambda c, _: (c, function(*args)), 0, length=1)[1][0]
+
+
+NESTED = {
+    'jit': jax.jit,
+    'checkpoint': jax.checkpoint,
+    'cond': in_branch,
+    'scan': in_loop,
+    'vmap': lambda f: lambda *args: jax.vmap(f)(*(jnp.stack([x]) for x in args))[0],
+    'custom_vjp': lambda f: lambda *args: flipped(f(*args)),
+}
+
+
+@pytest.mark.parametrize('name', NESTED)
+def test_convolutions_inside_of_other_functions(name):
+    convolve, inputs, kernel = convolution('channels first')
+    inputs, kernel = (jnp.asarray(x, jnp.float32) for x in (inputs, kernel))
+    inner = NESTED[name](convolve)
+    function = jax.grad(lambda kernel: jnp.sum(inner(inputs, kernel) ** 2))
+    found = orders(convolutions.canonical(function), kernel)
+    assert len(found) >= 2
+    assert all(x.startswith('[b, 0, 1, f]') or x.startswith('[1, b') for x in found)
+    chex.assert_trees_all_close(
+        convolutions.canonical(function)(kernel), function(kernel), rtol=1e-5
+    )
+
+
+def test_trees_keys_closures_and_outer_transformations():
+    convolve, inputs, kernel = convolution('channels first')
+    inputs, kernel = (jnp.asarray(x, jnp.bfloat16) for x in (inputs, kernel))
+
+    def noisy(params, key, *, scale):
+        noise = jax.random.normal(key, (), jnp.float32)
+        return {'out': jnp.sum(convolve(inputs, params['kernel'])) * scale, 'e': noise}
+
+    def outer(function):
+        def loss(kernel, scale):
+            # Arguments from outside are traced here, also inside of the function.
+            result = function(
+                {'kernel': kernel * scale, 'none': None}, jax.random.key(0), scale=scale
+            )
+            return result['out'].astype(jnp.float32) + result['e']
+
+        return jax.jit(jax.vmap(jax.grad(loss), (None, 0)))
+
+    scales = jnp.arange(3, dtype=jnp.bfloat16)
+    chex.assert_trees_all_close(
+        outer(convolutions.canonical(noisy))(kernel, scales),
+        outer(noisy)(kernel, scales),
+        rtol=2e-2,
+    )
+
+
+@pytest.mark.parametrize('check_vma', [False, True])
+def test_inside_shard_map(check_vma):
+    convolve, inputs, kernel = convolution('channels first')
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh(
+        (2,), ('data',), axis_types=axis_types, devices=jax.devices()[:2]
+    )
+    spec = jax.sharding.PartitionSpec
+
+    def gradient(inputs, kernel):
+        loss = lambda kernel: jnp.sum(convolve(inputs, kernel) ** 2)
+        inner = convolutions.canonical(jax.jit(jax.grad(loss)))
+        return jax.lax.psum(inner(kernel), 'data') if not check_vma else inner(kernel)
+
+    sharded = jax.jit(
+        jax.shard_map(
+            gradient,
+            mesh=mesh,
+            in_specs=(spec('data'), spec()),
+            out_specs=spec(),
+            check_vma=check_vma,
+        )
+    )
+    inputs, kernel = (jnp.asarray(x, jnp.float32) for x in (inputs, kernel))
+    expected = jax.grad(lambda kernel: jnp.sum(convolve(inputs, kernel) ** 2))(kernel)
+    chex.assert_trees_all_close(sharded(inputs, kernel), expected, rtol=1e-4)
+
+
+def conv_loss(kernels, images):
+    for kernel in kernels:
+        images = jax.lax.conv(images, kernel, (1, 1), 'SAME')
+    return jnp.mean(images**2)
+
+
+def in_compiled(step, *args):
+    """Orders of dimensions of the convolutions in a compiled program."""
+    text = jax.jit(step).lower(*args).compile().as_text()
+    assert ' conditional(' in text or ' while(' in text
+    return re.findall(r' convolution\(.*dim_labels=([^,\s]+)', text)
+
+
+@pytest.mark.parametrize('nested', [False, True])
+def test_a_traced_step_has_no_slow_convolution(nested):
+    tx = optax.chain(vsam_jax.vsam(0.1), optax.sgd(0.1))
+    step = problems.make_step(tx, jax.jit(conv_loss) if nested else conv_loss)
+    kernels = [jnp.ones((8, 8, 3, 3))] * 2
+    found = in_compiled(step, (kernels, tx.init(kernels)), jnp.ones((2, 8, 8, 8)))
+    # Forward and backward of two layers, without a gradient of the images; twice.
+    assert found == 10 * ['b01f_01io->b01f']
+
+
+def test_micro_batches_have_no_slow_convolution():
+    loss_fn = lambda w, stats, batch, key: (conv_loss(w, batch), (stats, key))
+    step = vsam_jax.make_train_step(loss_fn, num_micro_batches=2)
+    state = vsam_jax.TrainState.create(
+        apply_fn=None, params=[jnp.ones((8, 8, 3, 3))] * 2, tx=vsam_jax.sam(0.1)
+    )
+    assert in_compiled(step, state, jnp.ones((4, 8, 8, 8))) == 10 * ['b01f_01io->b01f']
+
+
+def test_other_backends_and_code_without_jit_are_left_alone(monkeypatch):
+    function = lambda x: x
+    with jax.disable_jit():
+        assert convolutions.canonical(function) is function
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert convolutions.canonical(function) is function

@@ -1,5 +1,7 @@
 """Planned and traced runs, and the driver that follows a plan on the host."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,17 @@ def test_planned_programs_hold_no_conditional_and_the_traced_one_does(batches):
     told = lambda state, batch, sample: train_step(state, batch, sample=sample)
     told = jax.jit(told).lower(state, batches[0], jnp.array(True)).compile()
     assert conditionals(told) > 0
+
+
+@pytest.mark.parametrize('name', ['vsam', 'looksam', 'steady_vsam'])
+def test_a_conditional_copies_no_tensor_of_the_size_of_the_parameters(name):
+    tx = optax.chain(problems.METHODS[name](0.1), optax.sgd(0.1, momentum=0.9))
+    step = problems.make_step(tx, lambda w, x: jnp.sum(jnp.tanh(x @ w) ** 2))
+    state = jax.eval_shape(lambda w: (w, tx.init(w)), jnp.ones((96, 96)))
+    lowered = jax.jit(step, donate_argnums=0).lower(state, jnp.ones((8, 96)))
+    text = lowered.compile().as_text()
+    assert ' conditional(' in text
+    assert not re.findall(r'f32\[96,96\]\S* copy\(', text)
 
 
 def test_the_reuse_program_evaluates_one_gradient_and_the_sampled_one_two():

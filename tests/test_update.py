@@ -168,6 +168,23 @@ def test_a_non_finite_sample_shows_once_and_leaves_no_trace():
     assert int(after.age) == 4
 
 
+@pytest.mark.parametrize('sample', [None, True])
+def test_a_rejected_sample_shows_in_every_tensor_of_one_direction(sample):
+    params = {'a': jnp.ones(2), 'b': jnp.ones(2)}
+    tx, grads = small_vsam(), params
+    update = jax.jit(
+        lambda state, g_sam: tx.update(
+            grads, state, params, grad_fn=lambda p: g_sam, sample=sample
+        )
+    )
+    g_sam = {'a': 3 * jnp.ones(2), 'b': jnp.array([1.0, jnp.inf])}
+    direction, state = update(tx.init(params), g_sam)
+    assert all(bool(jnp.isnan(x).all()) for x in jax.tree.leaves(direction))
+    problems.assert_equal(state.psf, tx.init(params).psf)
+    direction, state = update(state, {**g_sam, 'b': jnp.ones(2)})
+    problems.assert_equal(direction, {**g_sam, 'b': jnp.ones(2)})
+
+
 def test_a_non_finite_first_gradient_is_rejected_too():
     tx = small_vsam()
     w = jnp.array([1.0, 2.0])

@@ -130,9 +130,9 @@ def vsam(
         direction has the dtypes of the gradient.
 
         A second gradient that is not finite, or one whose norm overflows the
-        statistics dtype, makes the direction of that step what it is, so that a
-        guard after vsam can act on it, and leaves no trace: the older PSF is kept
-        and ages, the statistics stay, ``num_rejected`` counts it.
+        statistics dtype, makes the direction of that step NaN everywhere, so that
+        a guard after vsam can act on it, and leaves no trace: the older PSF is
+        kept and ages, the statistics stay, ``num_rejected`` counts it.
 
         Under ``jax.vmap`` a conditional becomes a select: both gradients are taken
         on every step.

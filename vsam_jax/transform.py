@@ -178,6 +178,10 @@ def sharpness_aware(
             # derivative of a norm at zero is not finite.
             grad_norm, psf_norm = jax.lax.stop_gradient((grad_norm, psf_norm))
             keep = lambda new, old: jnp.where(accepted, new, old)
+            if state.psf is not None:
+                # Inside the branch, so that it is written where the older one was:
+                # a conditional copies what is needed after it as it was before.
+                memory = jax.tree.map(keep, memory, state.psf)
             return _Outcome(
                 memory=memory,
                 weights=weights,
@@ -210,28 +214,27 @@ def sharpness_aware(
         outcome = dispatch.choose(sample, sampled, unsampled)
         direction = reuse.direction(grads, outcome.memory, outcome.weights)
         accepted = outcome.accepted
-
-        if state.psf is None or sample is False:
-            psf = state.psf
-        else:
-            # A rejected memory shows in this one direction and is then forgotten.
-            psf = optax.tree.where(accepted, outcome.memory, state.psf)
+        taken = jnp.asarray(sample, jnp.bool_)
+        rejected = taken & ~accepted
+        if state.psf is not None and sample is not False:
+            # The older memory has taken its place: show that there was one.
+            show = lambda d: jnp.where(rejected, jnp.asarray(jnp.nan, d.dtype), d)
+            direction = jax.tree.map(show, direction)
         step = jnp.asarray(optax.safe_increment(state.step))
         position, plan, budget = _advance(sampling, state, step, outcome.rings)
-        taken = jnp.asarray(sample, jnp.bool_)
         return direction, VSAMState(
             step=step,
             position=position,
             plan=plan,
             budget=budget,
-            psf=psf,
+            psf=None if state.psf is None else outcome.memory,
             age=jnp.where(accepted, 0, older),
             rings=outcome.rings,
             grad_norm=outcome.grad_norm,
             psf_norm=outcome.psf_norm,
             sampled=taken,
             num_samples=state.num_samples + taken,
-            num_rejected=state.num_rejected + (taken & ~accepted),
+            num_rejected=state.num_rejected + rejected,
         )
 
     # optax types states as array trees, which a NamedTuple of arrays is.

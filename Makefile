@@ -4,10 +4,15 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+# For bench, profile and paper: cuda12, cuda13 or tpu; nothing for the CPU.
+ACCELERATOR ?=
 OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.12
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
+# Environments for several accelerators stand side by side.
+BENCH_ENV := .venv-bench$(ACCELERATOR:%=-%)
+PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
 
 .PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
 
@@ -17,8 +22,8 @@ help:
 # A virtual environment per extra, made anew when its requirements change.
 .venv-test/.ready: EXTRA = dev
 .venv-demo/.ready: EXTRA = experiments
-.venv-bench/.ready: EXTRA = benchmark
-.venv-paper/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
+$(BENCH_ENV)/.ready: EXTRA = benchmark$(ACCELERATOR:%=,%)
+$(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 .venv-%/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else \
 	  "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
@@ -71,23 +76,33 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 	  tx.update(w, tx.init(w), w, grad_fn=lambda w: w); \
 	  print("the wheel works:", vsam_jax.__name__, vsam_jax.__version__)'
 
-bench: .venv-bench/.ready ## cost of steps and of whole runs, against optax and PyTorch
-	.venv-bench/bin/python -m experiments.benchmark --output=experiments/results/benchmark.json
+# make bench ACCELERATOR=cuda12: on a GPU, also without CUDA graphs (command buffers).
+MEASURED := experiments/results/benchmark/$(or $(ACCELERATOR),cpu)
+BENCH := $(BENCH_ENV)/bin/python -m experiments.benchmark
+# With these glibc keeps the memory of large temporaries from call to call.
+KEPT := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
-profile: .venv-bench/.ready ## where the time and the memory of a step go
-	.venv-bench/bin/python -m experiments.profile --output=experiments/results/profile.json
+bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and PyTorch
+	$(BENCH) --output=$(MEASURED).json
+ifeq ($(ACCELERATOR),)
+	$(KEPT) $(BENCH) --parts=steps --problems=mlp --output=$(MEASURED)_kept_memory.json
+else ifneq ($(filter cuda%,$(ACCELERATOR)),)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_enable_command_buffer=" \
+	  $(BENCH) --parts=steps --notorch --output=$(MEASURED)_without_graphs.json
+endif
+
+profile: $(BENCH_ENV)/.ready ## where the time and the memory of a step go
+	$(BENCH_ENV)/bin/python -m experiments.profile --output=$(MEASURED)_profile.json
 
 # Overridden for a trial: make paper MODELS=small_resnet OPTIONS='--config.epochs=1 ...'
 MODELS ?= resnet18 wide_resnet
 CONFIG ?= experiments/configs/cifar100.py:short
 RUNS ?= runs/paper
 OPTIONS ?=
-# cuda12, cuda13 or tpu; nothing for the CPU.
-ACCELERATOR ?=
-PAPER := .venv-paper/bin
+PAPER := $(PAPER_ENV)/bin
 
 # Goes on where it was when it is started again, whatever ended it.
-paper: .venv-paper/.ready ## CIFAR-100 on an accelerator: tuning, six methods, Figures 1 and 2
+paper: $(PAPER_ENV)/.ready ## CIFAR-100 on an accelerator: tuning, six methods, Figures 1 and 2
 	for model in $(MODELS); do \
 	  work=$(RUNS)/$$model; \
 	  common="--config=$(CONFIG) --config.model=$$model $(OPTIONS)"; \
@@ -99,4 +114,4 @@ paper: .venv-paper/.ready ## CIFAR-100 on an accelerator: tuning, six methods, F
 	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
 
 clean: ## removes what the others made
-	rm -rf .venv-test .venv-demo .venv-bench .venv-paper .venv-oldest .venv-newest build demo runs
+	rm -rf .venv-* build demo runs

@@ -1,6 +1,6 @@
 """Where the time and the memory of a planned step go.
 
-    python -m experiments.profile --output=experiments/results/profile.json
+    python -m experiments.profile --output=runs/profile.json
 
 What a window boundary costs, what the statistics cost, which tensors are copied,
 how much memory programs need, how long they take to compile, and how many pages the

@@ -38,12 +38,38 @@ def _comparison(folder: str) -> str:
 
 
 def _benchmark() -> str:
-    content = _load('benchmark.json')
-    return (
-        f'{report.markdown(content)}\nMedian (quartiles) over interleaved rounds;'
-        f' {_device(content)}, jax {content["versions"]["jax"]}. Command:'
-        f' `{content["command"]}`.\n'
+    default, kept = (
+        _load(f'benchmark/{name}.json') for name in ('cpu', 'cpu_kept_memory')
     )
+    contents = {'': default, ', memory kept': kept}
+    return (
+        f'{tables.markdown(*report.overview(contents))}\nMedian (quartiles) over'
+        ' interleaved rounds of the time of a step, as a multiple of the base optimizer'
+        f' of the same library; {_device(default)}, {_versions(default)}.'
+        f' Commands: `{default["command"]}`,'
+        f' `{_with_variables(kept)}`.\n'
+    )
+
+
+def _whole_runs() -> str:
+    content = _load('benchmark/cpu.json')
+    return (
+        f'{tables.markdown(*report.of_runs(content["whole_runs"]))}\nThe parts cost'
+        ' (1 + p (T_sampled / T_base − 1)) T_base a step, p the share of sampled steps.'
+        f' Median (quartiles) over chunks of the run; {_device(content)},'
+        f' {_versions(content)}.\n'
+    )
+
+
+def _with_variables(content: dict[str, Any]) -> str:
+    given = (f'{name}={value}' for name, value in content['variables'].items())
+    return ' '.join([*given, content['command']])
+
+
+def _versions(content: dict[str, Any]) -> str:
+    shown = ('jax', 'torch', 'pytorch_optimizer')
+    found = content['versions']
+    return ', '.join(f'{name} {found[name]}' for name in shown if name in found)
 
 
 def _controllers() -> str:
@@ -101,6 +127,8 @@ TABLES: dict[str, Callable[[], str]] = {
     'underfitted': lambda: _comparison('cifar100_small/underfitted'),
     'lsq4': lambda: _comparison('digits_lsq/4'),
     'benchmark': _benchmark,
+    'whole_runs': _whole_runs,
+    'lsq_images': lambda: _comparison('cifar100_small/lsq4'),
     'controllers': _controllers,
     'noise': _noise,
     'flatness': _flatness,

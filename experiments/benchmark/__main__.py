@@ -1,6 +1,6 @@
 """What one optimizer step costs, as a multiple of the base optimizer's step.
 
-    python -m experiments.benchmark --output=experiments/results/benchmark.json
+    python -m experiments.benchmark --output=experiments/results/benchmark/cpu.json
 
 Every way to make a step makes a few in turn, round after round, in a new order each
 time; a cost is the median over the rounds of (its time / the time of SGD in the same
@@ -158,7 +158,7 @@ def define_flags() -> None:
     flags.DEFINE_integer('rounds', 11, 'How many rounds.', lower_bound=1)
     flags.DEFINE_integer('steps', 2, 'Least steps in a round.', lower_bound=1)
     flags.DEFINE_integer(
-        'windows', 7, 'Chunks of whole windows that a run is timed over.', lower_bound=1
+        'windows', 5, 'Chunks of whole windows that a run is timed over.', lower_bound=1
     )
     flags.DEFINE_integer(
         'chunk', whole_runs.CHUNK, 'Steps of such a chunk.', lower_bound=1

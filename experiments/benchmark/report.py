@@ -1,8 +1,8 @@
 """Tables and the figure of a benchmark, made from its JSON alone.
 
-    python -m experiments.benchmark.report experiments/results/benchmark.json
+    python -m experiments.benchmark.report experiments/results/benchmark/cpu.json
 
-writes ``benchmark.md`` and ``benchmark.png`` beside it.
+writes ``cpu.md`` and ``cpu.png`` beside it.
 """
 
 import argparse
@@ -94,6 +94,36 @@ def on_screen(problem: Content) -> tuple[list[str], list[list[str]]]:
         for title, row in problem['steps'].items()
     ]
     return header, rows
+
+
+def overview(contents: Mapping[str, Content]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one table of all networks.
+
+    Args:
+        contents: benchmarks; what a key says is added to the titles of its networks.
+
+    Returns:
+        A column per network: costs as multiples of the base optimizer of the same
+        library, then examples per second with the base optimizers.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    rates: dict[str, dict[str, str]] = {}
+    for note, content in contents.items():
+        for problem in content['problems'].values():
+            column = problem['title'].split(',')[0] + note
+            columns[column], rates[column] = {}, {}
+            for title, row in problem['steps'].items():
+                library, is_base, _ = title.rpartition(problem['base'])
+                name = f'{library}base optimizer' if is_base else title
+                columns[column][name] = quartiles(row['times_base'])
+                rate = row.get('examples_per_second')
+                if is_base and rate is not None:
+                    rates[column][f'{name}, examples/s'] = _number(rate, ',.0f')
+    rows = []
+    for part in (columns, rates):
+        names = dict.fromkeys(name for column in part.values() for name in column)
+        rows += [[name, *(c.get(name, '–') for c in part.values())] for name in names]
+    return ['Step', *columns], rows
 
 
 def of_sweep(name: str, points: list[Content]) -> tuple[list[str], list[list[str]]]:

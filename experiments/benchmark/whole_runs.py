@@ -36,7 +36,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     ),
 }
 # About so many steps are timed together.
-CHUNK = 50
+CHUNK = 20
 
 
 class _Run:

@@ -105,6 +105,20 @@ def test_what_slows_a_round_down_touches_no_ratio_and_slow_ones_run_seldom():
     assert len(seconds['c']) == 3
 
 
+def test_a_slow_first_call_makes_no_slow_runner():
+    clock = {'slower': 1.0}
+
+    class Cold(Fake):
+        def run(self, cycles: int) -> float:
+            seconds, self.seconds = self.seconds, 1e-3
+            return seconds
+
+    runners = {'a': Fake(1e-3, clock), 'b': Cold(0.1, clock)}
+    seconds = rounds.interleaved(runners, 5, 1)
+    assert rounds.ratios(seconds, 'b', 'a')['median'] == 1
+    assert len(seconds['b']) == 5
+
+
 def test_whole_runs_count_windows_and_samples():
     run = whole_runs.measure(TINY, 'vSAM, K = 10', windows=3, chunk=10)
     # One window comes before those that are timed.

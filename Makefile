@@ -84,11 +84,13 @@ KEPT := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
 bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and PyTorch
 	$(BENCH) --output=$(MEASURED).json
+	$(BENCH) --parts=sweeps --rounds=7 --output=$(MEASURED)_sweeps.json
+	$(BENCH) --parts=runs --windows=3 --output=$(MEASURED)_runs.json
 ifeq ($(ACCELERATOR),)
-	$(KEPT) $(BENCH) --parts=steps --problems=mlp --output=$(MEASURED)_kept_memory.json
+	$(KEPT) $(BENCH) --problems=mlp --output=$(MEASURED)_kept_memory.json
 else ifneq ($(filter cuda%,$(ACCELERATOR)),)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_enable_command_buffer=" \
-	  $(BENCH) --parts=steps --notorch --output=$(MEASURED)_without_graphs.json
+	  $(BENCH) --notorch --output=$(MEASURED)_without_graphs.json
 endif
 
 profile: $(BENCH_ENV)/.ready ## where the time and the memory of a step go

@@ -52,12 +52,12 @@ def _benchmark() -> str:
 
 
 def _whole_runs() -> str:
-    content = _load('benchmark/cpu.json')
+    content = _load('benchmark/cpu_runs.json')
     return (
         f'{tables.markdown(*report.of_runs(content["whole_runs"]))}\nThe parts cost'
         ' (1 + p (T_sampled / T_base − 1)) T_base a step, p the share of sampled steps.'
         f' Median (quartiles) over chunks of the run; {_device(content)},'
-        f' {_versions(content)}.\n'
+        f' {_versions(content)}. Command: `{content["command"]}`.\n'
     )
 
 
@@ -128,7 +128,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'lsq4': lambda: _comparison('digits_lsq/4'),
     'benchmark': _benchmark,
     'whole_runs': _whole_runs,
-    'lsq_images': lambda: _comparison('cifar100_small/lsq4'),
+    'lsq_images': lambda: _comparison('cifar100_small_lsq/4'),
     'controllers': _controllers,
     'noise': _noise,
     'flatness': _flatness,

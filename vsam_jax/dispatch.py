@@ -4,9 +4,8 @@
 programs that must be one: scan, vmap, export, a TPU step.
 
 *Planned*: two programs without a conditional; the host, which knows the plan of
-a window before it starts, picks one. The fast form: what passes through a
-conditional is copied, and a GPU's predicate has to travel to the host at
-every step.
+a window before it starts, picks one. The fast form: a reuse step needs no memory
+for a second pass, and no predicate has to travel from a GPU to the host.
 """
 
 import dataclasses

@@ -148,7 +148,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def define_flags() -> None:
     """Defines the flags; called by the program, not on import."""
-    flags.DEFINE_multi_enum('parts', list(PARTS), list(PARTS), 'What to measure.')
+    flags.DEFINE_multi_enum('parts', ['steps'], list(PARTS), 'What to measure.')
     flags.DEFINE_multi_enum(
         'problems',
         [],

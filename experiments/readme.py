@@ -38,16 +38,15 @@ def _comparison(folder: str) -> str:
 
 
 def _benchmark() -> str:
-    default, kept = (
-        _load(f'benchmark/{name}.json') for name in ('cpu', 'cpu_kept_memory')
-    )
-    contents = {'': default, ', memory kept': kept}
+    names = ('cpu', 'cpu_closely', 'cpu_kept_memory')
+    default, closely, kept = (_load(f'benchmark/{name}.json') for name in names)
+    contents = [(default, ''), (closely, ''), (kept, ', memory kept')]
     return (
-        f'{tables.markdown(*report.overview(contents))}\nMedian (quartiles) over'
-        ' interleaved rounds of the time of a step, as a multiple of the base optimizer'
-        f' of the same library; {_device(default)}, {_versions(default)}.'
-        f' Commands: `{default["command"]}`,'
-        f' `{_with_variables(kept)}`.\n'
+        f'{tables.markdown(*report.overview(contents))}\nTime of a step as a multiple of'
+        ' the base optimizer of the same library: median (quartiles) over interleaved'
+        f' rounds, {closely["rounds"]} for single steps in JAX, {default["rounds"]} for'
+        f' the others; {_device(default)}, {_versions(default)}.'
+        f' Commands: {_commands(default, closely, kept)}.\n'
     )
 
 
@@ -61,9 +60,15 @@ def _whole_runs() -> str:
     )
 
 
-def _with_variables(content: dict[str, Any]) -> str:
-    given = (f'{name}={value}' for name, value in content['variables'].items())
-    return ' '.join([*given, content['command']])
+def _commands(*contents: dict[str, Any]) -> str:
+    given = (
+        [f'{k}={v}' for k, v in content['variables'].items() if k.startswith('MALLOC_')]
+        for content in contents
+    )
+    return ', '.join(
+        f'`{" ".join([*variables, content["command"]])}`'
+        for variables, content in zip(given, contents, strict=True)
+    )
 
 
 def _versions(content: dict[str, Any]) -> str:

@@ -19,7 +19,15 @@ from absl import app, flags
 from rich import console, progress
 
 from experiments import results, tables
-from experiments.benchmark import peak, problems, report, steps, sweeps, whole_runs
+from experiments.benchmark import (
+    peak,
+    problems,
+    report,
+    steps,
+    sweeps,
+    variants,
+    whole_runs,
+)
 
 PARTS = ('steps', 'sweeps', 'runs')
 
@@ -65,7 +73,9 @@ class _Benchmark:
         bar = self._bars.add_task(name, total=total)
         return lambda: self._bars.advance(bar)
 
-    def steps(self, names: Sequence[str], least: int, with_torch: bool) -> None:
+    def steps(
+        self, names: Sequence[str], ways: Sequence[str], least: int, with_torch: bool
+    ) -> None:
         torch_runners = None
         if with_torch:
             # Not there for most, and takes seconds to import.
@@ -79,6 +89,7 @@ class _Benchmark:
             problem = problems.PROBLEMS[name]()
             found[name] = steps.measure(
                 problem,
+                names=ways,
                 number=self._number,
                 steps=least,
                 torch_runners=torch_runners,
@@ -126,18 +137,20 @@ def main(arguments: Sequence[str]) -> None:
     # Two libraries share a GPU's memory.
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     names = options.problems or problems.default_names()
+    ways = variants.FEW if options.few else tuple(variants.VARIANTS)
     output = pathlib.Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     screen = console.Console()
-    with_torch = options.torch and torch_is_there()
-    if options.torch and not with_torch and 'steps' in options.parts:
+    wants_torch = options.torch and not options.few
+    with_torch = wants_torch and torch_is_there()
+    if wants_torch and not with_torch and 'steps' in options.parts:
         screen.print(
             'PyTorch peers are left out: torch and pytorch_optimizer are not installed.'
         )
     with progress.Progress(console=screen) as bars:
         benchmark = _Benchmark(output, screen, bars, options.rounds)
         if 'steps' in options.parts:
-            benchmark.steps(names, options.steps, with_torch)
+            benchmark.steps(names, ways, options.steps, with_torch)
         if 'sweeps' in options.parts:
             benchmark.sweeps(options.largest)
         if 'runs' in options.parts:
@@ -154,6 +167,11 @@ def define_flags() -> None:
         [],
         list(problems.PROBLEMS),
         'On what. By default what suits the device.',
+    )
+    flags.DEFINE_bool(
+        'few',
+        False,
+        'Only the base optimizer, SAM and steps of vSAM one by one, in JAX.',
     )
     flags.DEFINE_integer('rounds', 11, 'How many rounds.', lower_bound=1)
     flags.DEFINE_integer('steps', 2, 'Least steps in a round.', lower_bound=1)

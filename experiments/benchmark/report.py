@@ -96,11 +96,12 @@ def on_screen(problem: Content) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def overview(contents: Mapping[str, Content]) -> tuple[list[str], list[list[str]]]:
+def overview(contents: list[tuple[Content, str]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of one table of all networks.
 
     Args:
-        contents: benchmarks; what a key says is added to the titles of its networks.
+        contents: benchmarks, and what is added to the titles of their networks; of
+            two with the same network the later one counts.
 
     Returns:
         A column per network: costs as multiples of the base optimizer of the same
@@ -108,17 +109,18 @@ def overview(contents: Mapping[str, Content]) -> tuple[list[str], list[list[str]
     """
     columns: dict[str, dict[str, str]] = {}
     rates: dict[str, dict[str, str]] = {}
-    for note, content in contents.items():
+    for content, note in contents:
         for problem in content['problems'].values():
             column = problem['title'].split(',')[0] + note
-            columns[column], rates[column] = {}, {}
+            costs = columns.setdefault(column, {})
+            speeds = rates.setdefault(column, {})
             for title, row in problem['steps'].items():
                 library, is_base, _ = title.rpartition(problem['base'])
                 name = f'{library}base optimizer' if is_base else title
-                columns[column][name] = quartiles(row['times_base'])
+                costs[name] = quartiles(row['times_base'])
                 rate = row.get('examples_per_second')
                 if is_base and rate is not None:
-                    rates[column][f'{name}, examples/s'] = _number(rate, ',.0f')
+                    speeds[f'{name}, examples/s'] = _number(rate, ',.0f')
     rows = []
     for part in (columns, rates):
         names = dict.fromkeys(name for column in part.values() for name in column)

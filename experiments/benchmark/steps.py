@@ -1,6 +1,6 @@
 """The rows of a table of steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.benchmark import jax_steps, rounds, variants
@@ -10,6 +10,7 @@ from experiments.benchmark.problems import Problem
 def measure(
     problem: Problem,
     *,
+    names: Sequence[str] = tuple(variants.VARIANTS),
     number: int,
     steps: int,
     torch_runners: Callable[[Problem], Mapping[str, Any]] | None,
@@ -19,6 +20,7 @@ def measure(
 
     Args:
         problem: the network.
+        names: of the ways in JAX, that of the base optimizer first.
         number: of rounds.
         steps: how many steps each makes in a round, or more if they are short.
         torch_runners: makes the peers in PyTorch, None where it is not installed.
@@ -27,7 +29,7 @@ def measure(
     Returns:
         What the JSON holds of a problem.
     """
-    runners: dict[str, Any] = dict(jax_steps.runners(problem))
+    runners: dict[str, Any] = dict(jax_steps.runners(problem, tuple(names)))
     if torch_runners is not None:
         runners.update(torch_runners(problem))
     seconds = rounds.interleaved(runners, number, steps, advance)

@@ -33,14 +33,6 @@ class Point(NamedTuple):
     names: tuple[str, ...]
 
 
-_ALL = (
-    variants.BASE,
-    variants.OPTAX_SAM,
-    variants.SAMPLED,
-    variants.REUSE,
-    variants.TRACED_SAMPLED,
-    variants.TRACED_REUSE,
-)
 _OF_VSAM = (variants.BASE, variants.SAMPLED, variants.REUSE, variants.TRACED_REUSE)
 
 
@@ -60,11 +52,12 @@ def points(largest: int) -> dict[str, list[Point]]:
     """
     return {
         'parameters': [
-            Point(_of_size(n, _BATCH_SIZE), 50, _ALL)
+            Point(_of_size(n, _BATCH_SIZE), 50, variants.FEW)
             for n in (*(n for n in PARAMETERS if n < largest), largest)
         ],
         'batch_size': [
-            Point(_of_size(min(_PARAMETERS, largest), n), 50, _ALL) for n in BATCH_SIZES
+            Point(_of_size(min(_PARAMETERS, largest), n), 50, variants.FEW)
+            for n in BATCH_SIZES
         ],
         'window': [
             Point(_of_size(min(_PARAMETERS, largest), _BATCH_SIZE), n, _OF_VSAM)

@@ -108,6 +108,10 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+# Those that make one step a call.
+FEW = (BASE, OPTAX_SAM, SAMPLED, REUSE, TRACED_SAMPLED, TRACED_REUSE)
+
+
 def sample_of(decision: Decision) -> tuple[bool | None, tuple[Any, ...]]:
     """``sample`` of a train step, and arguments of its program besides the batch."""
     if decision == 'none':

@@ -42,8 +42,8 @@ def _benchmark() -> str:
     default, closely, kept = (_load(f'benchmark/{name}.json') for name in names)
     contents = [(default, ''), (closely, ''), (kept, ', memory kept')]
     return (
-        f'{tables.markdown(*report.overview(contents))}\nTime of a step as a multiple of'
-        ' the base optimizer of the same library: median (quartiles) over interleaved'
+        f'{tables.markdown(*report.overview(contents))}\nTime of a step as a multiple'
+        ' of the base optimizer of the same library: median (quartiles) over interleaved'
         f' rounds, {closely["rounds"]} for single steps in JAX, {default["rounds"]} for'
         f' the others; {_device(default)}, {_versions(default)}.'
         f' Commands: {_commands(default, closely, kept)}.\n'

@@ -158,6 +158,29 @@ def test_tables_and_figure_are_made_from_the_json_alone(tmp_path):
     assert 'Of the peak' not in text
 
 
+def test_an_overview_has_a_column_per_network_and_takes_the_later_cost():
+    row = lambda cost, **kwargs: {
+        'times_base': {'median': cost, 'low': cost, 'high': cost},
+        **kwargs,
+    }
+    problem = {'title': 'net, batch 8', 'base': 'SGD'}
+    first = {'SGD': row(1, examples_per_second=2000), 'SAM': row(2)}
+    first['PyTorch SGD'] = row(1, examples_per_second=None)
+    contents = [
+        ({'problems': {'a': {**problem, 'steps': first}}}, ''),
+        ({'problems': {'a': {**problem, 'steps': {'SAM': row(3)}}}}, ''),
+        ({'problems': {'b': {**problem, 'steps': {'SAM': row(4)}}}}, ', kept'),
+    ]
+    header, rows = report.overview(contents)
+    assert header == ['Step', 'net', 'net, kept']
+    assert rows == [
+        ['base optimizer', '1.00 (1.00–1.00)', '–'],
+        ['SAM', '3.00 (3.00–3.00)', '4.00 (4.00–4.00)'],
+        ['PyTorch base optimizer', '1.00 (1.00–1.00)', '–'],
+        ['base optimizer, examples/s', '2,000', '–'],
+    ]
+
+
 def small_networks() -> dict[str, problems.Problem]:
     shape = (2, 16, 16, 3)
     resnet = problems.images('', 'small_resnet', 2, {'width': 4, 'stem_stride': 2})

@@ -43,8 +43,8 @@ def _benchmark() -> str:
     contents = [(default, ''), (closely, ''), (kept, ', memory kept')]
     return (
         f'{tables.markdown(*report.overview(contents))}\nTime of a step as a multiple'
-        ' of the base optimizer of the same library: median (quartiles) over interleaved'
-        f' rounds, {closely["rounds"]} for single steps in JAX, {default["rounds"]} for'
+        ' of the base optimizer of the same library: median (quartiles) over'
+        f' interleaved rounds, {closely["rounds"]} for single steps in JAX, {default["rounds"]} for'
         f' the others; {_device(default)}, {_versions(default)}.'
         f' Commands: {_commands(default, closely, kept)}.\n'
     )

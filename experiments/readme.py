@@ -44,9 +44,9 @@ def _benchmark() -> str:
     return (
         f'{tables.markdown(*report.overview(contents))}\nTime of a step as a multiple'
         ' of the base optimizer of the same library: median (quartiles) over'
-        f' interleaved rounds, {closely["rounds"]} for single steps in JAX, {default["rounds"]} for'
-        f' the others; {_device(default)}, {_versions(default)}.'
-        f' Commands: {_commands(default, closely, kept)}.\n'
+        f' interleaved rounds, {closely["rounds"]} for single steps in JAX,'
+        f' {default["rounds"]} for the others; {_device(default)},'
+        f' {_versions(default)}. Commands: {_commands(default, closely, kept)}.\n'
     )
 
 

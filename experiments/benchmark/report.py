@@ -178,9 +178,10 @@ def markdown(content: Content) -> str:
     for problem in content.get('problems', {}).values():
         parts.append(f'{problem["title"]}:\n\n{tables.markdown(*of_problem(problem))}')
     for name, points in content.get('sweeps', {}).items():
+        swept = _AXES[name][0].lower() + _AXES[name][1:]
         parts.append(
-            f'Cost of a step of an MLP against {_AXES[name].lower()}, as a multiple of'
-            f' SGD:\n\n{tables.markdown(*of_sweep(name, points))}'
+            f'Cost of a step of an MLP, as a multiple of SGD, against {swept}:\n\n'
+            f'{tables.markdown(*of_sweep(name, points))}'
         )
     if content.get('whole_runs'):
         parts.append(

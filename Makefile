@@ -84,7 +84,7 @@ KEPT := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
 bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and PyTorch
 	$(BENCH) --output=$(MEASURED).json
-	$(BENCH) --few --rounds=41 --steps=1 --output=$(MEASURED)_closely.json
+	$(BENCH) --few --rounds=21 --steps=1 --output=$(MEASURED)_closely.json
 	$(BENCH) --parts=sweeps --rounds=7 --output=$(MEASURED)_sweeps.json
 	$(BENCH) --parts=runs --windows=3 --output=$(MEASURED)_runs.json
 ifeq ($(ACCELERATOR),)

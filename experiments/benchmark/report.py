@@ -8,7 +8,7 @@ writes ``cpu.md`` and ``cpu.png`` beside it.
 import argparse
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -96,7 +96,9 @@ def on_screen(problem: Content) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def overview(contents: list[tuple[Content, str]]) -> tuple[list[str], list[list[str]]]:
+def overview(
+    contents: Sequence[tuple[Content, str]],
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows of one table of all networks.
 
     Args:

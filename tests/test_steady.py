@@ -141,7 +141,7 @@ def test_on_every_step_it_is_sam_and_stores_nothing():
 
 @pytest.mark.usefixtures('x64')
 def test_under_scan_and_vmap_each_run_is_what_it_is_alone():
-    tx = optax.chain(vsam_jax.steady_vsam(0.2), optax.sgd(0.1, momentum=0.9))
+    tx = optax.chain(vsam_jax.steady_vsam(0.2), optax.sgd(0.001, momentum=0.9))
     step = problems.make_step(tx, problems.toy_loss)
     batches = jnp.stack(problems.toy_batches(7, jnp.float64))
 

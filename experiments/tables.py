@@ -1,5 +1,6 @@
 """Tables of results, on a terminal and in Markdown."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,13 @@ DIFFERENCES = (
 )
 
 
+def quartiles(cost: Mapping[str, Any] | None) -> str:
+    """Median and quartiles as text, a dash where nothing was measured."""
+    if cost is None:
+        return '–'
+    return f'{cost["median"]:.2f} ({cost["low"]:.2f}–{cost["high"]:.2f})'
+
+
 def of_comparison(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of a comparison."""
     baseline = summary['methods'][summary['baseline']]['title']
@@ -32,14 +40,13 @@ def of_comparison(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     rows = []
     for method in summary['methods'].values():
-        time = method['relative_time']
         rows.append(
             [
                 method['title'],
                 str(method['settings'].get('rho', '–')),
                 percent(method['test_accuracy']),
                 percent(method['best_test_accuracy']),
-                f'{time["median"]:.2f} ({time["low"]:.2f}–{time["high"]:.2f})',
+                quartiles(method['relative_time']),
                 f'{method["sampling_rate"]["mean"]:.2f}',
             ]
         )

@@ -312,7 +312,7 @@ def test_planned_and_traced_agree(config, tmp_path):
         trace = results.read_lines(path / results.TRACE)
         losses[dispatch] = [x for entry in trace for x in entry['loss']]
         losses[dispatch, 'plan'] = [x for entry in trace for x in entry['sampled']]
-    # Convolutions round differently inside a conditional.
+    # What the compiler fuses, and so how it rounds, differs with a conditional.
     np.testing.assert_allclose(losses['planned'], losses['traced'], rtol=1e-4)
     assert losses['planned', 'plan'] == losses['traced', 'plan']
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -132,6 +131,4 @@ def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
 
 def _move(x: jax.Array, old: Sequence[int], new: Sequence[int]) -> jax.Array:
     """Brings dimensions from the places ``old`` to the places ``new``."""
-    places = np.empty(len(old), int)
-    places[list(new)] = old
-    return lax.transpose(x, places.tolist())
+    return lax.transpose(x, [old[new.index(place)] for place in range(x.ndim)])

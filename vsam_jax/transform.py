@@ -218,8 +218,9 @@ def sharpness_aware(
         rejected = taken & ~accepted
         if state.psf is not None and sample is not False:
             # The older memory has taken its place: show that there was one.
-            show = lambda d: jnp.where(rejected, jnp.asarray(jnp.nan, d.dtype), d)
-            direction = jax.tree.map(show, direction)
+            direction = jax.tree.map(
+                lambda d: jnp.where(rejected, jnp.nan, d), direction
+            )
         step = jnp.asarray(optax.safe_increment(state.step))
         position, plan, budget = _advance(sampling, state, step, outcome.rings)
         return direction, VSAMState(

@@ -74,7 +74,7 @@ class _Benchmark:
         return lambda: self._bars.advance(bar)
 
     def steps(
-        self, names: Sequence[str], ways: Sequence[str], least: int, with_torch: bool
+        self, names: Sequence[str], ways: tuple[str, ...], least: int, with_torch: bool
     ) -> None:
         torch_runners = None
         if with_torch:

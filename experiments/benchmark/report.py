@@ -34,13 +34,6 @@ _AXES = {
 }
 
 
-def quartiles(cost: Content | None) -> str:
-    """Median and quartiles as text."""
-    if cost is None:
-        return '–'
-    return f'{cost["median"]:.2f} ({cost["low"]:.2f}–{cost["high"]:.2f})'
-
-
 def _number(value: float | None, form: str) -> str:
     return '–' if value is None else format(value, form)
 
@@ -51,8 +44,8 @@ def of_problem(problem: Content) -> tuple[list[str], list[list[str]]]:
     A column stands in it if something of it was measured.
     """
     columns: dict[str, Callable[[Content], str]] = {
-        'times_base': lambda row: quartiles(row['times_base']),
-        'times_optax_sam': lambda row: quartiles(row.get('times_optax_sam')),
+        'times_base': lambda row: tables.quartiles(row['times_base']),
+        'times_optax_sam': lambda row: tables.quartiles(row.get('times_optax_sam')),
         'examples_per_second': lambda row: _number(
             row.get('examples_per_second'), ',.0f'
         ),
@@ -119,7 +112,7 @@ def overview(
             for title, row in problem['steps'].items():
                 library, is_base, _ = title.rpartition(problem['base'])
                 name = f'{library}base optimizer' if is_base else title
-                costs[name] = quartiles(row['times_base'])
+                costs[name] = tables.quartiles(row['times_base'])
                 rate = row.get('examples_per_second')
                 if is_base and rate is not None:
                     speeds[f'{name}, examples/s'] = _number(rate, ',.0f')
@@ -140,7 +133,10 @@ def of_sweep(name: str, points: list[Content]) -> tuple[list[str], list[list[str
         [
             f'{point[name]:,}',
             f'{point["steps"][base]["step_milliseconds"]:.2f}',
-            *(quartiles(point['steps'][title]['times_base']) for title in others),
+            *(
+                tables.quartiles(point['steps'][title]['times_base'])
+                for title in others
+            ),
         ]
         for point in points
     ]
@@ -164,9 +160,9 @@ def of_runs(runs: Mapping[str, Content]) -> tuple[list[str], list[list[str]]]:
             name,
             f'{run["sampling_rate"]:.2f}',
             str(run['windows']),
-            quartiles(run['times_base']),
-            quartiles(run['times_expected']),
-            quartiles(run['times_steps']),
+            tables.quartiles(run['times_base']),
+            tables.quartiles(run['times_expected']),
+            tables.quartiles(run['times_steps']),
         ]
         for problem in runs.values()
         for name, run in problem['runs'].items()

@@ -1,6 +1,6 @@
 """The rows of a table of steps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.benchmark import jax_steps, rounds, variants
@@ -10,7 +10,7 @@ from experiments.benchmark.problems import Problem
 def measure(
     problem: Problem,
     *,
-    names: Sequence[str] = tuple(variants.VARIANTS),
+    names: tuple[str, ...] = tuple(variants.VARIANTS),
     number: int,
     steps: int,
     torch_runners: Callable[[Problem], Mapping[str, Any]] | None,
@@ -29,7 +29,7 @@ def measure(
     Returns:
         What the JSON holds of a problem.
     """
-    runners: dict[str, Any] = dict(jax_steps.runners(problem, tuple(names)))
+    runners: dict[str, Any] = dict(jax_steps.runners(problem, names))
     if torch_runners is not None:
         runners.update(torch_runners(problem))
     seconds = rounds.interleaved(runners, number, steps, advance)

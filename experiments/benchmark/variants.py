@@ -107,9 +107,8 @@ VARIANTS: dict[str, Variant] = {
     TRACED_REUSE: Variant('vsam', ('traced reuse',)),
 }
 
-
-# Those that make one step a call.
-FEW = (BASE, OPTAX_SAM, SAMPLED, REUSE, TRACED_SAMPLED, TRACED_REUSE)
+# Those that make a step in one call.
+FEW = tuple(name for name, variant in VARIANTS.items() if len(variant.calls) == 1)
 
 
 def sample_of(decision: Decision) -> tuple[bool | None, tuple[Any, ...]]:

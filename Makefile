@@ -10,6 +10,11 @@ OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.12
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
+ifeq ($(ACCELERATOR),)
+# Large temporaries in huge pages: glibc gives them back after every call, and finding
+# small ones again takes a quarter of a step of a network of any size (README, Limits).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+endif
 # Environments for several accelerators stand side by side.
 BENCH_ENV := .venv-bench$(ACCELERATOR:%=-%)
 PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
@@ -79,8 +84,6 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 # make bench ACCELERATOR=cuda12: on a GPU, also without CUDA graphs (command buffers).
 MEASURED := experiments/results/benchmark/$(or $(ACCELERATOR),cpu)
 BENCH := $(BENCH_ENV)/bin/python -m experiments.benchmark
-# With these glibc keeps the memory of large temporaries from call to call.
-KEPT := MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000
 
 bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and PyTorch
 	$(BENCH) --output=$(MEASURED).json
@@ -88,7 +91,7 @@ bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and
 	$(BENCH) --parts=sweeps --rounds=7 --output=$(MEASURED)_sweeps.json
 	$(BENCH) --parts=runs --windows=3 --output=$(MEASURED)_runs.json
 ifeq ($(ACCELERATOR),)
-	$(KEPT) $(BENCH) --problems=mlp --output=$(MEASURED)_kept_memory.json
+	GLIBC_TUNABLES= $(BENCH) --few --rounds=21 --steps=1 --output=$(MEASURED)_small_pages.json
 else ifneq ($(filter cuda%,$(ACCELERATOR)),)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_enable_command_buffer=" \
 	  $(BENCH) --notorch --output=$(MEASURED)_without_graphs.json

@@ -52,7 +52,7 @@ def profile(
     found['statistics'] = {
         name: rounds.ratios(seconds, name, problem.base) for name in masks
     }
-    found['idle_share'] = host.idle_share(problem, window=10, windows=3)
+    found['idle_shares'] = host.idle_shares(problem, window=10, windows=3)
     return found
 
 
@@ -105,11 +105,13 @@ def markdown(content: Mapping[str, Any]) -> str:
             f'{name}: {cost["median"]:.2f}'
             for name, cost in problem['statistics'].items()
         )
-        idle = problem['idle_share']
+        idle = ', '.join(
+            f'{name}: {"unknown" if share is None else format(share, ".1%")}'
+            for name, share in problem['idle_shares'].items()
+        )
         text += (
             f'Compilation: {compiled}. Sampled step × {problem["base"]}, statistics'
-            f' over {measured}. Device idle:'
-            f' {"unknown" if idle is None else format(idle, ".1%")}.\n\n'
+            f' over {measured}. Device idle, {idle}.\n\n'
         )
     boundary = content['boundary']
     return text + (

@@ -51,7 +51,8 @@ def test_a_profile_is_made_and_shown():
     assert list(found['programs']) == list(programs.PROGRAMS)
     planned = found['compile_seconds']
     assert planned['planned, read'] < planned['planned']
-    assert 0 <= found['idle_share'] < 1
+    assert list(found['idle_shares']) == ['SGD', 'planned vSAM']
+    assert all(0 <= share < 1 for share in found['idle_shares'].values())
     content = {
         'problems': {'tiny': found},
         'boundary': host.boundary(tiny, rounds=1, steps=10),

@@ -4,7 +4,7 @@ import glob
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -79,8 +79,10 @@ def boundary(
     }
 
 
-def idle_share(problem: Problem, window: int, windows: int) -> float | None:
-    """The share of a planned run in which the device had nothing to do.
+def idle_shares(
+    problem: Problem, window: int, windows: int
+) -> dict[str, float | None]:
+    """The share of a run in which the device had nothing to do.
 
     Args:
         problem: the network.
@@ -88,23 +90,44 @@ def idle_share(problem: Problem, window: int, windows: int) -> float | None:
         windows: how many are run.
 
     Returns:
-        The share between the first and the last thing that the device did, as JAX's
-        profiler recorded it; None where it recorded nothing of the device.
+        For the base optimizer and for planned vSAM the share between the first and
+        the last thing that the device did, as JAX's profiler recorded it; None
+        where it recorded nothing of the device.
     """
-    tx = variants.vsam(problem.base, window=window, segments=1, warmup_steps=0)
-    driver = vsam_jax.PlannedStep(jax_steps.train_step(problem))
-    state = jax_steps.new_state(problem, tx)
+    train_step = jax_steps.train_step(problem)
+    vsam = variants.vsam(problem.base, window=window, segments=1, warmup_steps=0)
+    base = variants.base(problem.base)
+    runs = {
+        problem.base: (jax.jit(train_step, donate_argnums=0), base),
+        'planned vSAM': (vsam_jax.PlannedStep(train_step), vsam),
+    }
     batch = jax.device_put(problem.batch())
-    # Both programs are compiled in the first window.
-    for _ in range(window):
-        state, _ = driver(state, batch)
+    return {
+        # All programs are compiled in the first window.
+        name: _idle_share(
+            step, jax_steps.new_state(problem, tx), batch, window, windows * window
+        )
+        for name, (step, tx) in runs.items()
+    }
+
+
+def _idle_share(
+    step: Callable[[Any, Any], tuple[Any, Any]],
+    state: Any,
+    batch: Any,
+    unrecorded: int,
+    steps: int,
+) -> float | None:
+    """The idle share of ``steps`` steps, after some that are not recorded."""
+    for _ in range(unrecorded):
+        state, _ = step(state, batch)
     jax.block_until_ready(state)
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
-            for _ in range(windows * window):
-                state, _ = driver(state, batch)
+            for _ in range(steps):
+                state, _ = step(state, batch)
             jax.block_until_ready(state)
         (file,) = glob.glob(f'{folder}/**/*.xplane.pb', recursive=True)
         return idle(_device_work(jax.profiler.ProfileData.from_file(file)))

@@ -79,9 +79,7 @@ def boundary(
     }
 
 
-def idle_shares(
-    problem: Problem, window: int, windows: int
-) -> dict[str, float | None]:
+def idle_shares(problem: Problem, window: int, windows: int) -> dict[str, float | None]:
     """The share of a run in which the device had nothing to do.
 
     Args:

@@ -10,14 +10,17 @@ OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.12
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
-ifeq ($(ACCELERATOR),)
-# Large temporaries in huge pages: glibc gives them back after every call, and finding
-# small ones again takes a quarter of a step of a network of any size (README, Limits).
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-endif
 # Environments for several accelerators stand side by side.
 BENCH_ENV := .venv-bench$(ACCELERATOR:%=-%)
 PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
+
+ifeq ($(ACCELERATOR),)
+# XLA allocates the temporaries of a program anew at every call. Let glibc keep them,
+# in huge pages, instead of returning them to the kernel (README, Cost of a step).
+demo bench profile paper: export GLIBC_TUNABLES ?= $(KEPT)
+endif
+KEPT := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1
+KEPT := $(KEPT):glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=4000000000
 
 .PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
 
@@ -91,7 +94,7 @@ bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and
 	$(BENCH) --parts=sweeps --rounds=7 --output=$(MEASURED)_sweeps.json
 	$(BENCH) --parts=runs --windows=3 --output=$(MEASURED)_runs.json
 ifeq ($(ACCELERATOR),)
-	GLIBC_TUNABLES= $(BENCH) --few --rounds=21 --steps=1 --output=$(MEASURED)_small_pages.json
+	GLIBC_TUNABLES= $(BENCH) --few --rounds=21 --steps=1 --output=$(MEASURED)_default_malloc.json
 else ifneq ($(filter cuda%,$(ACCELERATOR)),)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_enable_command_buffer=" \
 	  $(BENCH) --notorch --output=$(MEASURED)_without_graphs.json

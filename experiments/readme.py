@@ -38,15 +38,23 @@ def _comparison(folder: str) -> str:
 
 
 def _benchmark() -> str:
-    names = ('cpu', 'cpu_closely', 'cpu_kept_memory')
-    default, closely, kept = (_load(f'benchmark/{name}.json') for name in names)
-    contents = [(default, ''), (closely, ''), (kept, ', memory kept')]
+    default, closely = _load('benchmark/cpu.json'), _load('benchmark/cpu_closely.json')
     return (
-        f'{tables.markdown(*report.overview(contents))}\nTime of a step as a multiple'
-        ' of the base optimizer of the same library: median (quartiles) over'
+        f'{tables.markdown(*report.overview((default, closely)))}\nTime of a step as a'
+        ' multiple of the base optimizer of the same library: median (quartiles) over'
         f' interleaved rounds, {closely["rounds"]} for single steps in JAX,'
         f' {default["rounds"]} for the others; {_device(default)},'
-        f' {_versions(default)}. Commands: {_commands(default, closely, kept)}.\n'
+        f' {_versions(default)}. Commands: {_commands(default, closely)}.\n'
+    )
+
+
+def _pages() -> str:
+    names = ('default_malloc', 'closely')
+    small, huge = (_load(f'benchmark/cpu_{name}.json') for name in names)
+    return (
+        f'{tables.markdown(*report.of_pages(small, huge))}\nThe same command twice, one'
+        f' after the other: medians (quartiles) over {small["rounds"]} rounds;'
+        f' {_device(small)}, {_versions(small)}. Commands: {_commands(small, huge)}.\n'
     )
 
 
@@ -56,13 +64,14 @@ def _whole_runs() -> str:
         f'{tables.markdown(*report.of_runs(content["whole_runs"]))}\nThe parts cost'
         ' (1 + p (T_sampled / T_base − 1)) T_base a step, p the share of sampled steps.'
         f' Median (quartiles) over chunks of the run; {_device(content)},'
-        f' {_versions(content)}. Command: `{content["command"]}`.\n'
+        f' {_versions(content)}. Command: {_commands(content)}.\n'
     )
 
 
 def _commands(*contents: dict[str, Any]) -> str:
     given = (
-        [f'{k}={v}' for k, v in content['variables'].items() if k.startswith('MALLOC_')]
+        # The benchmark sets another one itself.
+        [f'{k}={v}' for k, v in content['variables'].items() if k.startswith('GLIBC_')]
         for content in contents
     )
     return ', '.join(
@@ -132,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'underfitted': lambda: _comparison('cifar100_small/underfitted'),
     'lsq4': lambda: _comparison('digits_lsq/4'),
     'benchmark': _benchmark,
+    'pages': _pages,
     'whole_runs': _whole_runs,
     'lsq_images': lambda: _comparison('cifar100_small_lsq/4'),
     'controllers': _controllers,

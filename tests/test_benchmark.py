@@ -167,17 +167,42 @@ def test_an_overview_has_a_column_per_network_and_takes_the_later_cost():
     first = {'SGD': row(1, examples_per_second=2000), 'SAM': row(2)}
     first['PyTorch SGD'] = row(1, examples_per_second=None)
     contents = [
-        ({'problems': {'a': {**problem, 'steps': first}}}, ''),
-        ({'problems': {'a': {**problem, 'steps': {'SAM': row(3)}}}}, ''),
-        ({'problems': {'b': {**problem, 'steps': {'SAM': row(4)}}}}, ', kept'),
+        {'problems': {'a': {**problem, 'steps': first}}},
+        {'problems': {'a': {**problem, 'steps': {'SAM': row(3)}}}},
+        {'problems': {'b': {**problem, 'title': 'other', 'steps': {'SAM': row(4)}}}},
     ]
     header, rows = report.overview(contents)
-    assert header == ['Step', 'net', 'net, kept']
+    assert header == ['Step', 'net', 'other']
     assert rows == [
         ['base optimizer', '1.00 (1.00–1.00)', '–'],
         ['SAM', '3.00 (3.00–3.00)', '4.00 (4.00–4.00)'],
         ['PyTorch base optimizer', '1.00 (1.00–1.00)', '–'],
         ['base optimizer, examples/s', '2,000', '–'],
+    ]
+
+
+def test_small_and_huge_pages_stand_side_by_side():
+    def content(rate: float, cost: float) -> dict[str, Any]:
+        quartiles = {'median': cost, 'low': cost, 'high': cost}
+        steps = {
+            'SGD': {'examples_per_second': rate},
+            variants.SAMPLED: {'times_optax_sam': quartiles},
+            variants.TRACED_REUSE: {'times_base': {**quartiles, 'median': cost / 2}},
+        }
+        problem = {'title': 'net, batch 8', 'base': 'SGD', 'steps': steps}
+        return {'problems': {'a': problem}}
+
+    _, rows = report.of_pages(content(1000, 4), content(2000, 3))
+    assert rows == [
+        [
+            'net',
+            '1,000',
+            '2,000',
+            '4.00 (4.00–4.00)',
+            '3.00 (3.00–3.00)',
+            '2.00 (4.00–4.00)',
+            '1.50 (3.00–3.00)',
+        ]
     ]
 
 

@@ -6,6 +6,7 @@ one is reused (:mod:`vsam_jax.reuse`). This module puts any three together into
 an optax transformation; it knows none of them by name.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -136,6 +137,15 @@ def sharpness_aware(
         picked = lambda tree: perturbations.select(tree, measured)
         older = jnp.asarray(optax.safe_increment(state.age))
 
+        traced = not isinstance(sample, bool)
+
+        def kept(accepted: jax.Array, memory: PyTree) -> PyTree:
+            """The new memory or, after a sample that cannot be used, the older one."""
+            if state.psf is None:
+                return memory
+            new_or_old = functools.partial(jnp.where, accepted)
+            return jax.tree.map(new_or_old, memory, state.psf)
+
         def sampled() -> _Outcome:
             assert grad_fn is not None
             radius = jnp.asarray(rho(state.step) if callable(rho) else rho, dtype)
@@ -177,13 +187,11 @@ def sharpness_aware(
             # Decisions are not differentiated: they are piecewise constant, and the
             # derivative of a norm at zero is not finite.
             grad_norm, psf_norm = jax.lax.stop_gradient((grad_norm, psf_norm))
-            keep = lambda new, old: jnp.where(accepted, new, old)
-            if state.psf is not None:
+            keep = functools.partial(jnp.where, accepted)
+            return _Outcome(
                 # Inside the branch, so that it is written where the older one was:
                 # a conditional copies what is needed after it as it was before.
-                memory = jax.tree.map(keep, memory, state.psf)
-            return _Outcome(
-                memory=memory,
+                memory=kept(accepted, memory) if traced else memory,
                 weights=weights,
                 accepted=accepted,
                 rings=jax.tree.map(
@@ -217,10 +225,13 @@ def sharpness_aware(
         taken = jnp.asarray(sample, jnp.bool_)
         rejected = taken & ~accepted
         if state.psf is not None and sample is not False:
-            # The older memory has taken its place: show that there was one.
+            # Traced, the older memory has taken its place: show that there was one.
             direction = jax.tree.map(
                 lambda d: jnp.where(rejected, jnp.nan, d), direction
             )
+        # Not before the direction is made: the older memory is not read for that, and
+        # so need not be copied.
+        memory = kept(accepted, outcome.memory) if sample is True else outcome.memory
         step = jnp.asarray(optax.safe_increment(state.step))
         position, plan, budget = _advance(sampling, state, step, outcome.rings)
         return direction, VSAMState(
@@ -228,7 +239,7 @@ def sharpness_aware(
             position=position,
             plan=plan,
             budget=budget,
-            psf=None if state.psf is None else outcome.memory,
+            psf=None if state.psf is None else memory,
             age=jnp.where(accepted, 0, older),
             rings=outcome.rings,
             grad_norm=outcome.grad_norm,

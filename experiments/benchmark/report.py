@@ -89,14 +89,16 @@ def on_screen(problem: Content) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def overview(
-    contents: Sequence[tuple[Content, str]],
-) -> tuple[list[str], list[list[str]]]:
+def _column(problem: Content) -> str:
+    """A short title of a network."""
+    return problem['title'].split(',')[0]
+
+
+def overview(contents: Sequence[Content]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of one table of all networks.
 
     Args:
-        contents: benchmarks, and what is added to the titles of their networks; of
-            two with the same network the later one counts.
+        contents: benchmarks; of two with the same network the later one counts.
 
     Returns:
         A column per network: costs as multiples of the base optimizer of the same
@@ -104,11 +106,10 @@ def overview(
     """
     columns: dict[str, dict[str, str]] = {}
     rates: dict[str, dict[str, str]] = {}
-    for content, note in contents:
+    for content in contents:
         for problem in content['problems'].values():
-            column = problem['title'].split(',')[0] + note
-            costs = columns.setdefault(column, {})
-            speeds = rates.setdefault(column, {})
+            costs = columns.setdefault(_column(problem), {})
+            speeds = rates.setdefault(_column(problem), {})
             for title, row in problem['steps'].items():
                 library, is_base, _ = title.rpartition(problem['base'])
                 name = f'{library}base optimizer' if is_base else title
@@ -121,6 +122,41 @@ def overview(
         names = dict.fromkeys(name for column in part.values() for name in column)
         rows += [[name, *(c.get(name, '–') for c in part.values())] for name in names]
     return ['Step', *columns], rows
+
+
+def of_pages(small: Content, huge: Content) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of two benchmarks side by side.
+
+    Args:
+        small: with pages of the usual size.
+        huge: with huge pages.
+
+    Returns:
+        A row per network: examples per second with the base optimizer, and costs.
+    """
+    header = [
+        'Network',
+        'Base optimizer, examples/s',
+        'with huge pages',
+        'vSAM sampled × optax.contrib.sam',
+        'with huge pages',
+        'vSAM traced reuse × base optimizer',
+        'with huge pages',
+    ]
+    rows = []
+    for name, problem in small['problems'].items():
+        pair = (problem, huge['problems'][name])
+        rate = [x['steps'][x['base']]['examples_per_second'] for x in pair]
+        sampled = [x['steps'][variants.SAMPLED]['times_optax_sam'] for x in pair]
+        reuse = [x['steps'][variants.TRACED_REUSE]['times_base'] for x in pair]
+        rows.append(
+            [
+                _column(problem),
+                *(_number(x, ',.0f') for x in rate),
+                *(tables.quartiles(x) for x in (*sampled, *reuse)),
+            ]
+        )
+    return header, rows
 
 
 def of_sweep(name: str, points: list[Content]) -> tuple[list[str], list[list[str]]]:

@@ -1,8 +1,10 @@
 """The ways in JAX to make a step: vSAM's, and those of its peers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -54,6 +56,30 @@ def optax_sam(name: str, opaque: bool) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(sam.init, update)  # pyright: ignore[reportArgumentType]
 
 
+def storing_sam(name: str) -> optax.GradientTransformation:
+    """SAM that stores the PSF, unless it is not finite: the least a sample can do.
+
+    What vSAM's sampled step costs beyond it is vSAM's; what it costs beyond SAM's is
+    the price of having a PSF to reuse.
+    """
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    def update(
+        grads: Any, older: Any, params: Any, *, grad_fn: Any, **_: Any
+    ) -> tuple[Any, Any]:
+        scale = RHO / optax.tree.norm(grads)
+        sam_grads = grad_fn(optax.tree.add_scale(params, scale, grads))
+        psf = optax.tree.sub(sam_grads, grads)
+        finite = jnp.isfinite(optax.tree.norm(psf))
+        keep = functools.partial(jnp.where, finite)
+        return sam_grads, jax.tree.map(keep, psf, older)
+
+    storing = optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.chain(storing, base(name))
+
+
 def vsam(name: str, **settings: Any) -> optax.GradientTransformation:
     """vSAM before the same base optimizer."""
     return optax.chain(vsam_jax.vsam(RHO, **settings), base(name))
@@ -64,6 +90,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     'base': base,
     'optax opaque': lambda name: optax_sam(name, opaque=True),
     'optax transparent': lambda name: optax_sam(name, opaque=False),
+    'storing': storing_sam,
     'vsam': vsam,
 }
 
@@ -98,6 +125,7 @@ VARIANTS: dict[str, Variant] = {
     BASE: Variant('base', ('none',)),
     OPTAX_SAM: Variant('optax opaque', ('none',)),
     'optax.contrib.sam, transparent': Variant('optax transparent', ('none', 'none')),
+    'SAM that stores the PSF': Variant('storing', ('none',)),
     SAMPLED: Variant('vsam', ('sampled',)),
     REUSE: Variant('vsam', ('reuse',)),
     f'vSAM planned, one step in {PERIOD} sampled': Variant(

@@ -15,12 +15,10 @@ BENCH_ENV := .venv-bench$(ACCELERATOR:%=-%)
 PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
 
 ifeq ($(ACCELERATOR),)
-# XLA allocates the temporaries of a program anew at every call. Let glibc keep them,
-# in huge pages, instead of returning them to the kernel (README, Cost of a step).
-demo bench profile paper: export GLIBC_TUNABLES ?= $(KEPT)
+# XLA allocates the temporaries of a program anew at every call; glibc gets large ones
+# back from the kernel faster in huge pages (README, Cost of a step).
+demo bench profile paper: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 endif
-KEPT := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1
-KEPT := $(KEPT):glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=4000000000
 
 .PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
 
@@ -94,7 +92,7 @@ bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and
 	$(BENCH) --parts=sweeps --rounds=7 --output=$(MEASURED)_sweeps.json
 	$(BENCH) --parts=runs --windows=3 --output=$(MEASURED)_runs.json
 ifeq ($(ACCELERATOR),)
-	GLIBC_TUNABLES= $(BENCH) --few --rounds=21 --steps=1 --output=$(MEASURED)_default_malloc.json
+	GLIBC_TUNABLES= $(BENCH) --few --steps=1 --output=$(MEASURED)_small_pages.json
 else ifneq ($(filter cuda%,$(ACCELERATOR)),)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_enable_command_buffer=" \
 	  $(BENCH) --notorch --output=$(MEASURED)_without_graphs.json

@@ -49,11 +49,11 @@ def _benchmark() -> str:
 
 
 def _pages() -> str:
-    names = ('default_malloc', 'closely')
+    names = ('small_pages', 'closely')
     small, huge = (_load(f'benchmark/cpu_{name}.json') for name in names)
     return (
-        f'{tables.markdown(*report.of_pages(small, huge))}\nThe same command twice, one'
-        f' after the other: medians (quartiles) over {small["rounds"]} rounds;'
+        f'{tables.markdown(*report.of_pages(small, huge))}\nTwo programs, one after the'
+        f' other: medians (quartiles) over {small["rounds"]} and {huge["rounds"]} rounds;'
         f' {_device(small)}, {_versions(small)}. Commands: {_commands(small, huge)}.\n'
     )
 

@@ -52,9 +52,10 @@ def _pages() -> str:
     names = ('small_pages', 'closely')
     small, huge = (_load(f'benchmark/cpu_{name}.json') for name in names)
     return (
-        f'{tables.markdown(*report.of_pages(small, huge))}\nTwo programs, one after the'
-        f' other: medians (quartiles) over {small["rounds"]} and {huge["rounds"]} rounds;'
-        f' {_device(small)}, {_versions(small)}. Commands: {_commands(small, huge)}.\n'
+        f'{tables.markdown(*report.of_pages(small, huge))}\nOne program after the'
+        f' other: medians (quartiles) over {small["rounds"]} and {huge["rounds"]}'
+        f' rounds; {_device(small)}, {_versions(small)}. Commands:'
+        f' {_commands(small, huge)}.\n'
     )
 
 

@@ -92,6 +92,7 @@ bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and
 	$(BENCH) --parts=sweeps --rounds=7 --output=$(MEASURED)_sweeps.json
 	$(BENCH) --parts=runs --windows=3 --output=$(MEASURED)_runs.json
 ifeq ($(ACCELERATOR),)
+	$(BENCH) --problems=transformer --notorch --output=$(MEASURED)_transformer.json
 	GLIBC_TUNABLES= $(BENCH) --few --steps=1 --output=$(MEASURED)_small_pages.json
 else ifneq ($(filter cuda%,$(ACCELERATOR)),)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_enable_command_buffer=" \

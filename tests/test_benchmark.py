@@ -4,8 +4,11 @@ import functools
 from typing import Any
 from unittest import mock
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
@@ -179,6 +182,20 @@ def test_an_overview_has_a_column_per_network_and_takes_the_later_cost():
         ['PyTorch base optimizer', '1.00 (1.00–1.00)', '–'],
         ['base optimizer, examples/s', '2,000', '–'],
     ]
+
+
+def test_the_floor_of_a_sample_is_sam_with_a_memory_that_stays_finite():
+    params, grads = jnp.array([1.0, -2.0]), jnp.array([0.5, 2.0])
+    grad_fn = lambda w: 3.0 * w
+    floor = variants.storing_sam('SGD')
+    sam = optax.chain(vsam_jax.sam(variants.RHO), variants.base('SGD'))
+    found, state = floor.update(grads, floor.init(params), params, grad_fn=grad_fn)
+    wanted, _ = sam.update(grads, sam.init(params), params, grad_fn=grad_fn)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-6)
+    psf = state[0]
+    assert bool(jnp.all(psf != 0))
+    _, state = floor.update(grads, state, params, grad_fn=lambda w: w / 0)
+    chex.assert_trees_all_equal(state[0], psf)
 
 
 def test_small_and_huge_pages_stand_side_by_side():

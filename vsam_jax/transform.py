@@ -137,14 +137,7 @@ def sharpness_aware(
         picked = lambda tree: perturbations.select(tree, measured)
         older = jnp.asarray(optax.safe_increment(state.age))
 
-        traced = not isinstance(sample, bool)
-
-        def kept(accepted: jax.Array, memory: PyTree) -> PyTree:
-            """The new memory or, after a sample that cannot be used, the older one."""
-            if state.psf is None:
-                return memory
-            new_or_old = functools.partial(jnp.where, accepted)
-            return jax.tree.map(new_or_old, memory, state.psf)
+        stores = state.psf is not None
 
         def sampled() -> _Outcome:
             assert grad_fn is not None
@@ -187,20 +180,21 @@ def sharpness_aware(
             # Decisions are not differentiated: they are piecewise constant, and the
             # derivative of a norm at zero is not finite.
             grad_norm, psf_norm = jax.lax.stop_gradient((grad_norm, psf_norm))
-            keep = functools.partial(jnp.where, accepted)
-            return _Outcome(
+            if stores and sample is not True:
                 # Inside the branch, so that it is written where the older one was:
                 # a conditional copies what is needed after it as it was before.
-                memory=kept(accepted, memory) if traced else memory,
+                memory = _kept(accepted, memory, state.psf)
+            return _Outcome(
+                memory=memory,
                 weights=weights,
                 accepted=accepted,
-                rings=jax.tree.map(
-                    keep,
+                rings=_kept(
+                    accepted,
                     sampling.observe(state.rings, grad_norm, psf_norm),
                     state.rings,
                 ),
-                grad_norm=keep(grad_norm, state.grad_norm),
-                psf_norm=keep(psf_norm, state.psf_norm),
+                grad_norm=_kept(accepted, grad_norm, state.grad_norm),
+                psf_norm=_kept(accepted, psf_norm, state.psf_norm),
             )
 
         def unsampled() -> _Outcome:
@@ -224,14 +218,16 @@ def sharpness_aware(
         accepted = outcome.accepted
         taken = jnp.asarray(sample, jnp.bool_)
         rejected = taken & ~accepted
-        if state.psf is not None and sample is not False:
+        if stores and sample is not False:
             # Traced, the older memory has taken its place: show that there was one.
             direction = jax.tree.map(
                 lambda d: jnp.where(rejected, jnp.nan, d), direction
             )
-        # Not before the direction is made: the older memory is not read for that, and
-        # so need not be copied.
-        memory = kept(accepted, outcome.memory) if sample is True else outcome.memory
+        psf = outcome.memory if stores else None
+        if stores and sample is True:
+            # Not before the direction is made: the older memory is not read for that,
+            # and so need not be copied.
+            psf = _kept(accepted, psf, state.psf)
         step = jnp.asarray(optax.safe_increment(state.step))
         position, plan, budget = _advance(sampling, state, step, outcome.rings)
         return direction, VSAMState(
@@ -239,7 +235,7 @@ def sharpness_aware(
             position=position,
             plan=plan,
             budget=budget,
-            psf=None if state.psf is None else memory,
+            psf=psf,
             age=jnp.where(accepted, 0, older),
             rings=outcome.rings,
             grad_norm=outcome.grad_norm,
@@ -251,6 +247,11 @@ def sharpness_aware(
 
     # optax types states as array trees, which a NamedTuple of arrays is.
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)  # pyright: ignore[reportArgumentType]
+
+
+def _kept(accepted: jax.Array, new: PyTree, older: PyTree) -> PyTree:
+    """The new tree or, after a sample that cannot be used, the older one."""
+    return jax.tree.map(functools.partial(jnp.where, accepted), new, older)
 
 
 def _advance(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import vsam_jax
+from vsam_jax import perturbation
 
 RHO = 0.05
 LEARNING_RATE = {'SGD': 0.01, 'AdamW': 1e-4}
@@ -69,8 +70,9 @@ def storing_sam(name: str) -> optax.GradientTransformation:
     def update(
         grads: Any, older: Any, params: Any, *, grad_fn: Any, **_: Any
     ) -> tuple[Any, Any]:
-        scale = RHO / optax.tree.norm(grads)
-        sam_grads = grad_fn(optax.tree.add_scale(params, scale, grads))
+        radius = jnp.asarray(RHO)
+        perturbed = perturbation.perturb(perturbation.l2_ascent, grads, params, radius)
+        sam_grads = grad_fn(perturbed)
         psf = optax.tree.sub(sam_grads, grads)
         finite = jnp.isfinite(optax.tree.norm(psf))
         keep = functools.partial(jnp.where, finite)

@@ -10,6 +10,7 @@ second run alone and no report: start one process for each core or accelerator, 
 the whole once more, which finds all runs finished.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -177,16 +178,15 @@ def _timing(
         saved = json.loads(file.read_text())
         if saved['settings'] == settings:
             return saved
-    chunks = {}
+    timers = {}
     for method, experiment in experiments.items():
         planned = configs[method].dispatch == 'planned'
         programs = experiment.method.programs if planned else ()
         for sample in programs or (None,):
             name = {None: 'step', True: 'sampled', False: 'reuse'}[sample]
-            chunks[f'{method}/{name}'] = timing.training_chunk(
-                experiment, steps, sample
-            )
-    seconds = timing.interleaved(chunks, rounds)
+            chunk = timing.training_chunk(experiment, steps, sample)
+            timers[f'{method}/{name}'] = functools.partial(timing.seconds_of, chunk)
+    seconds = timing.interleaved(timers, rounds)
     # Rounded as in the file, so that a later call returns the same.
     times = results.jsonable(
         {

@@ -57,6 +57,9 @@ def test_a_second_gradient_is_in_the_steps_that_should_have_one():
     assert rows['optax.contrib.sam, transparent']['flops'] > 2 * base
     added = rows[variants.SAMPLED]['flops'] - rows[variants.REUSE]['flops']
     assert added > base
+    # A conditional does not count as both of its branches.
+    assert rows[variants.TRACED_SAMPLED]['flops'] == rows[variants.SAMPLED]['flops']
+    assert rows[variants.TRACED_REUSE]['flops'] == rows[variants.REUSE]['flops']
     in_five = rows['vSAM planned, one step in 5 sampled']['flops']
     assert in_five == pytest.approx(rows[variants.REUSE]['flops'] + added / 5)
 

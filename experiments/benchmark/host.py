@@ -1,5 +1,6 @@
 """What the host adds to planned steps: the driver, window boundaries, idle time."""
 
+import functools
 import glob
 import statistics
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 
 import vsam_jax
+from experiments import timing
 from experiments.benchmark import jax_steps, variants
 from experiments.benchmark.problems import Problem
 
@@ -60,22 +62,31 @@ def boundary(
         ``step_seconds`` of a step without a driver.
     """
     runs = {window: _Reuse(problem, window) for window in windows}
-    added: dict[int, list[float]] = {window: [] for window in windows}
-    plain = []
-    for number in range(rounds + 1):
-        for window, run in runs.items():
-            without = run.run(steps, with_driver=False)
-            extra = run.run(steps, with_driver=True) - without
-            if number:
-                added[window].append(extra)
-                plain.append(without)
+    seconds = timing.interleaved(
+        {
+            f'{window} {driven}': functools.partial(run.run, steps, driven)
+            for window, run in runs.items()
+            for driven in (False, True)
+        },
+        rounds,
+    )
+    added = {
+        window: statistics.median(
+            driven - plain
+            for driven, plain in zip(
+                seconds[f'{window} True'], seconds[f'{window} False'], strict=True
+            )
+        )
+        for window in windows
+    }
     few, many = windows
-    short, long = (statistics.median(added[window]) for window in windows)
-    per_boundary = (short - long) / (1 / few - 1 / many)
+    per_boundary = (added[few] - added[many]) / (1 / few - 1 / many)
     return {
         'seconds_per_boundary': per_boundary,
-        'seconds_per_call': long - per_boundary / many,
-        'step_seconds': statistics.median(plain),
+        'seconds_per_call': added[many] - per_boundary / many,
+        'step_seconds': statistics.median(
+            plain for window in windows for plain in seconds[f'{window} False']
+        ),
     }
 
 

@@ -1,5 +1,6 @@
 """Compiled training steps in JAX, and the train states that they carry on."""
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +69,8 @@ class Program:
         arguments: its arguments after state and batch.
         compile_seconds: of tracing and compiling.
         flops: additions and multiplications of a call as the network is written,
-            None where that is not known.
+            None where that is not known. Of a traced step those of the branch that
+            is taken.
         conditionals: how many there are in the program.
     """
 
@@ -85,9 +87,13 @@ class Program:
         lowered = jitted.lower(state, batch, *self.arguments)
         self.executable = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
+        self.conditionals = (self.executable.as_text() or '').count(' conditional(')
+        if decision in variants.PLANNED_TWIN:
+            # A conditional counts as both of its branches.
+            taken, _ = variants.sample_of(variants.PLANNED_TWIN[decision])
+            lowered = jax.jit(functools.partial(step, sample=taken)).lower(state, batch)
         cost: Any = lowered.cost_analysis()
         self.flops = (cost or {}).get('flops')
-        self.conditionals = (self.executable.as_text() or '').count(' conditional(')
 
 
 class Session:

@@ -5,14 +5,13 @@ A cost is the median over the rounds of (its time / the time of another one in t
 same round), so that whatever else the machine does in a round touches both.
 """
 
+import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
-from experiments import results
+from experiments import results, timing
 
 # A runner runs for about so many seconds in a round.
 _SECONDS = 0.3
@@ -39,7 +38,7 @@ def interleaved(
     rounds: int,
     steps: int,
     advance: Callable[[], None] = lambda: None,
-) -> dict[str, dict[int, float]]:
+) -> dict[str, list[float]]:
     """Times runners in turn.
 
     Args:
@@ -49,37 +48,41 @@ def interleaved(
         advance: called after every round, for a progress bar.
 
     Returns:
-        For each name the seconds of a step, by number of the round.
+        By name the seconds of a step, round after round; those of a slow one are
+        from the first few rounds.
     """
     warm = {name: runner.run(1) for name, runner in runners.items()}
     first = next(iter(runners))
     warm[first] = runners[first].run(1)
     # The first call of a quick one may take many times what the next ones take.
     least = max(_SLOW * warm[first], _SECONDS)
-    slow = {name for name in runners if warm[name] > least}
+    slow = {name: _ROUNDS_OF_SLOW for name in runners if warm[name] > least}
     steps = max(steps, math.ceil(_SECONDS / warm[first]))
-    seconds: dict[str, dict[int, float]] = {name: {} for name in runners}
-    order = np.random.default_rng(0)
-    for number in range(rounds):
-        for name in order.permutation(list(runners)):
-            if name not in slow:
-                cycles = math.ceil(steps / runners[name].steps)
-                seconds[name][number] = runners[name].run(cycles)
-            elif number < _ROUNDS_OF_SLOW:
-                seconds[name][number] = runners[name].run(1)
-        advance()
-    return seconds
-
-
-def ratios(
-    seconds: Mapping[str, Mapping[int, float]], name: str, to: str
-) -> dict[str, Any]:
-    """Median and quartiles of a time as a multiple of another of the same round."""
-    return results.quartiles(
-        seconds[name][i] / seconds[to][i] for i in seconds[name] if i in seconds[to]
+    cycles = {
+        name: 1 if name in slow else math.ceil(steps / runner.steps)
+        for name, runner in runners.items()
+    }
+    return timing.interleaved(
+        {
+            name: functools.partial(runner.run, cycles[name])
+            for name, runner in runners.items()
+        },
+        rounds,
+        skipped=0,
+        at_most=slow,
+        advance=advance,
     )
 
 
-def milliseconds(seconds: Mapping[int, float]) -> float:
+def ratios(
+    seconds: Mapping[str, Sequence[float]], name: str, to: str
+) -> dict[str, Any]:
+    """Median and quartiles of a time as a multiple of another of the same round."""
+    # A slow one took part in the first rounds only.
+    pairs = zip(seconds[name], seconds[to], strict=False)
+    return results.quartiles(a / b for a, b in pairs)
+
+
+def milliseconds(seconds: Sequence[float]) -> float:
     """The median of the times of a step."""
-    return 1e3 * statistics.median(seconds.values())
+    return 1e3 * statistics.median(seconds)

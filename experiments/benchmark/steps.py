@@ -1,6 +1,6 @@
 """The rows of a table of steps."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.benchmark import jax_steps, rounds, variants
@@ -45,7 +45,7 @@ def measure(
 def rows(
     problem: Problem,
     runners: Mapping[str, Any],
-    seconds: Mapping[str, Mapping[int, float]],
+    seconds: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """What was measured of each runner.
 

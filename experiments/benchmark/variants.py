@@ -19,6 +19,11 @@ WEIGHT_DECAY = {'SGD': 5e-4, 'AdamW': 1e-2}
 # What decides a step: nothing (no second gradient to decide about), the program
 # (planned), or an argument of the program (traced).
 Decision = Literal['none', 'sampled', 'reuse', 'traced sampled', 'traced reuse']
+# The program that does what a traced step does once it is decided.
+PLANNED_TWIN: dict[Decision, Decision] = {
+    'traced sampled': 'sampled',
+    'traced reuse': 'reuse',
+}
 
 
 def base(name: str) -> optax.GradientTransformation:
@@ -145,6 +150,6 @@ def sample_of(decision: Decision) -> tuple[bool | None, tuple[Any, ...]]:
     """``sample`` of a train step, and arguments of its program besides the batch."""
     if decision == 'none':
         return None, ()
-    if decision.startswith('traced'):
+    if decision in PLANNED_TWIN:
         return None, (jnp.array(decision == 'traced sampled'),)
     return decision == 'sampled', ()

@@ -92,13 +92,20 @@ def measure(
     few = max(1, chunk // 5)
     counts = [run.num_samples()]
 
+    def whole() -> float:
+        taken = timing.seconds_of(lambda: run.chunk(chunk))
+        counts.append(run.num_samples())
+        return taken / chunk
+
+    def part(sample: bool) -> float:
+        return timing.seconds_of(lambda: parts.chunk(few, sample)) / few
+
     seconds = timing.interleaved(
         {
-            'run': lambda: run.chunk(chunk),
-            'count': lambda: counts.append(run.num_samples()),
+            'whole': whole,
             'base': lambda: base.run(chunk),
-            'sampled': lambda: parts.chunk(few, sample=True),
-            'reuse': lambda: parts.chunk(few, sample=False),
+            'sampled': lambda: part(True),
+            'reuse': lambda: part(False),
         },
         rounds=windows,
     )
@@ -110,14 +117,15 @@ def measure(
         'times_steps': [],
     }
     for number, taken in enumerate(samples):
-        whole, plain = (seconds[name][number] / chunk for name in ('run', 'base'))
-        sampled, reuse = (seconds[name][number] / few for name in ('sampled', 'reuse'))
+        step, plain, sampled, reuse = (
+            seconds[name][number] for name in ('whole', 'base', 'sampled', 'reuse')
+        )
         rate = taken / chunk
         quotients['times_expected'].append(
-            whole / ((1 + rate * (sampled / plain - 1)) * plain)
+            step / ((1 + rate * (sampled / plain - 1)) * plain)
         )
-        quotients['times_base'].append(whole / plain)
-        quotients['times_steps'].append(whole / (rate * sampled + (1 - rate) * reuse))
+        quotients['times_base'].append(step / plain)
+        quotients['times_steps'].append(step / (rate * sampled + (1 - rate) * reuse))
     return {
         'sampling_rate': sum(samples) / (windows * chunk),
         'windows': windows * chunk // window,

@@ -16,7 +16,7 @@ PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
 
 ifeq ($(ACCELERATOR),)
 # XLA allocates the temporaries of a program anew at every call; glibc gets large ones
-# back from the kernel faster in huge pages (README, Cost of a step).
+# back from the kernel faster in huge pages (docs/cost.md).
 demo bench profile paper: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 endif
 

@@ -27,9 +27,9 @@ from experiments import (
     results,
 )
 from experiments.configs import cifar100, cifar100_small_lsq, digits, digits_lsq
+from experiments.documents import RESULTS
 from experiments.networks.layers import logits, norm
 from experiments.quantization import QuantizedOperands
-from experiments.readme import RESULTS
 from experiments.train import train
 from tests.test_experiments import TASK, changed
 from tests.test_networks import SMALL

@@ -1,7 +1,7 @@
-"""Puts measured tables into README.md, so that none is typed by hand.
+"""Puts measured tables into README.md and docs/, so that none is typed by hand.
 
-    python -m experiments.readme            # writes README.md
-    python -m experiments.readme --check    # fails if it would change
+    python -m experiments.documents            # writes them
+    python -m experiments.documents --check    # fails if one would change
 
 A table stands between ``<!-- begin: name -->`` and ``<!-- end: name -->`` and is made
 from a result file in ``experiments/results``.
@@ -50,6 +50,16 @@ def _benchmark() -> str:
         f' {again["rounds"]} for the other ways in JAX on the ViT,'
         f' {default["rounds"]} for the rest; {_device(default)},'
         f' {_versions(default)}. Commands: {_commands(*contents)}.\n'
+    )
+
+
+def _costs() -> str:
+    content = _load('benchmark/cpu_closely.json')
+    header, rows = report.overview([content])
+    return (
+        f'{tables.markdown(header, rows)}\nTime of a step as a multiple of the base'
+        f' optimizer: median (quartiles) over {content["rounds"]} interleaved rounds;'
+        f' {_device(content)}, {_versions(content)}. Command: {_commands(content)}.\n'
     )
 
 
@@ -146,6 +156,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'noisy': lambda: _comparison('cifar100_small/noisy'),
     'underfitted': lambda: _comparison('cifar100_small/underfitted'),
     'lsq4': lambda: _comparison('digits_lsq/4'),
+    'costs': _costs,
     'benchmark': _benchmark,
     'pages': _pages,
     'whole_runs': _whole_runs,
@@ -168,32 +179,54 @@ def _device(content: dict[str, Any]) -> str:
     return f'{device["count"]} × {device["kind"]}'
 
 
-def render(text: str) -> str:
-    """The text with every table made anew."""
+def documents() -> list[pathlib.Path]:
+    """README.md and what it points to."""
+    return [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+
+
+def render(file: pathlib.Path) -> str:
+    """The text of a document with every table made anew.
+
+    Args:
+        file: README.md or a file in docs/.
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: for a table that nothing makes.
+    """
+    # Tables have their links from the root.
+    up = '../' * (len(file.relative_to(ROOT).parts) - 1)
 
     def table(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
         if name not in TABLES:
-            raise ValueError(f'README.md: table must be one of {list(TABLES)}: {name}.')
-        return f'{begin}\n{TABLES[name]()}{end}'
+            raise ValueError(
+                f'{file.name}: table must be one of {list(TABLES)}, got {name!r}.'
+            )
+        made = TABLES[name]().replace('](experiments/', f']({up}experiments/')
+        return f'{begin}\n{made}{end}'
 
     pattern = r'(<!-- begin: (\w+) -->)\n.*?(<!-- end: \2 -->)'
-    return re.sub(pattern, table, text, flags=re.DOTALL)
+    return re.sub(pattern, table, file.read_text(), flags=re.DOTALL)
 
 
 def main() -> int:
-    """Writes or checks README.md."""
+    """Writes or checks the documents."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--check', action='store_true', help='write nothing')
     check = parser.parse_args().check
-    file = ROOT / 'README.md'
-    old = file.read_text()
-    new = render(old)
+    outdated = []
+    for file in documents():
+        new = render(file)
+        if new != file.read_text():
+            outdated.append(file.name)
+            if not check:
+                file.write_text(new)
     if check:
-        print('README.md is ' + ('up to date' if new == old else 'out of date'))
-        return int(new != old)
-    file.write_text(new)
-    return 0
+        print('out of date: ' + ', '.join(outdated) if outdated else 'up to date')
+    return int(check and bool(outdated))
 
 
 if __name__ == '__main__':

@@ -1,0 +1,44 @@
+"""What README.md and docs/ say: examples run, tables are those of the result files."""
+
+import re
+
+import pytest
+
+from experiments import documents
+
+FILES = {file.name: file for file in documents.documents()}
+EXAMPLES = [
+    pytest.param(file, example, id=f'{name} {number}')
+    for name, file in FILES.items()
+    for number, example in enumerate(
+        re.findall(r'^```python\n(.*?)^```', file.read_text(), re.DOTALL | re.MULTILINE)
+    )
+]
+
+
+@pytest.mark.parametrize(('file', 'example'), EXAMPLES)
+def test_an_example_runs_as_it_stands(file, example):
+    exec(compile(example, str(file), 'exec'), {})
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_tables_are_made_from_the_result_files(name):
+    assert documents.render(FILES[name]) == FILES[name].read_text()
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_local_links_lead_somewhere(name):
+    for link in re.findall(r'\]\(([^)]+)\)', FILES[name].read_text()):
+        if '://' not in link:
+            path, _, anchor = link.partition('#')
+            target = FILES[name].parent / path if path else FILES[name]
+            assert target.exists(), link
+            if anchor:
+                assert anchor in _anchors(target.read_text()), link
+
+
+def _anchors(text: str) -> set[str]:
+    """Those of the headings, as code hosts name them."""
+    headings = re.findall(r'^#+ (.*)$', text, re.MULTILINE)
+    kept = (re.sub(r'[^\w\- ]', '', heading.lower()) for heading in headings)
+    return {heading.replace(' ', '-') for heading in kept}

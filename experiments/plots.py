@@ -65,10 +65,7 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
     """
     with matplotlib.rc_context(SETTINGS):
         figure, axes = new_figure(6.8, 4.2)
-        places = [
-            (method['relative_time']['median'], 100 * method['test_accuracy']['mean'])
-            for method in summary['methods'].values()
-        ]
+        labels = []
         for name, method in summary['methods'].items():
             color, marker = STYLES.get(name, OTHER)
             cost, accuracy = method['relative_time'], method['test_accuracy']
@@ -93,24 +90,12 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
                 capsize=3,
                 elinewidth=1.4,
             )
-            # To the left, where the label would cover that of a mark on the right.
-            crowded = any(
-                0 < other[0] - x < 0.25 and abs(other[1] - y) < 1 for other in places
-            )
-            axes.annotate(
-                f'{method["title"]}\n{y:.1f} %, {x:.2f}×',
-                (x, y),
-                xytext=(-9 if crowded else 9, -9),
-                textcoords='offset points',
-                ha='right' if crowded else 'left',
-                va='top',
-                color=color,
-                fontweight='bold',
-            )
+            labels.append((f'{method["title"]}\n{y:.1f} %, {x:.2f}×', (x, y), color))
         axes.margins(x=0.2, y=0.15)
         base = summary['methods'][summary['baseline']]['title']
         axes.set_xlabel(f'time per step, as a multiple of {base}')
         axes.set_ylabel('test accuracy, %')
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter('%.1f×'))
         seeds = len(next(iter(summary['methods'].values()))['seeds'])
         axes.set_title(
@@ -118,7 +103,56 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
             f'(mean ± sd of {seeds} seeds; dots: single seeds)',
             loc='left',
         )
+        _label_beside(figure, axes, labels)
         figure.savefig(path)
+
+
+def _label_beside(figure: matplotlib.figure.Figure, axes: Any, labels: Any) -> None:
+    """Writes labels at marks, each at the corner where it covers least.
+
+    Args:
+        figure: finished but for the labels.
+        axes: where the marks are.
+        labels: text, place and color of each.
+    """
+    figure.draw_without_rendering()  # Places are known only then.
+    taken = [
+        artist.get_window_extent()
+        for artist in (*axes.lines, *axes.collections)
+        if artist.get_visible()
+    ]
+    inside = axes.get_window_extent()
+    for text, place, color in labels:
+        drawn = []
+        for right, up in ((1, -1), (1, 1), (-1, -1), (-1, 1)):
+            label = axes.annotate(
+                text,
+                place,
+                xytext=(9 * right, 9 * up),
+                textcoords='offset points',
+                ha='left' if right > 0 else 'right',
+                va='bottom' if up > 0 else 'top',
+                color=color,
+                fontweight='bold',
+            )
+            drawn.append((label, label.get_window_extent()))
+        covered = [
+            sum(_overlap(box, other) for other in taken)
+            + (box.width * box.height - _overlap(box, inside))
+            for _, box in drawn
+        ]
+        best = int(np.argmin(covered))
+        taken.append(drawn.pop(best)[1])
+        for label, _ in drawn:
+            label.remove()
+
+
+def _overlap(one: Any, other: Any) -> float:
+    """The area that two boxes share, at least a little if they touch."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    # A line has no area of its own.
+    return max(width, 1.0) * max(height, 1.0) if width >= 0 and height >= 0 else 0.0
 
 
 def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:

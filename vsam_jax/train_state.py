@@ -139,8 +139,7 @@ def make_train_step(
             the mean of their gradients. There is one update, and at most one second
             gradient of the whole mini-batch. BatchNorm sees one part at a time, each
             part has a dropout mask of its own (the same in both passes), and
-            ``aux`` gets a leading axis over the parts. The loop is unrolled on the
-            CPU, where XLA has no fast convolution gradients inside loops.
+            ``aux`` gets a leading axis over the parts.
         axis_name: the mapped axis over the devices, if the step runs once per device
             (``jax.shard_map``, ``jax.pmap``) and the method was given the same
             ``axis_name``. Each device has a dropout mask of its own, ``batch_stats``

@@ -191,6 +191,7 @@ def _timing(
     times = results.jsonable(
         {
             'settings': settings,
+            'variables': results.system_variables(),
             'seconds_per_step': {
                 name: [value / steps for value in values]
                 for name, values in seconds.items()

@@ -24,6 +24,10 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 
 def _comparison(folder: str) -> str:
     summary = _load(f'{folder}/compare.json')
+    timed = {
+        'command': summary['command'],
+        'variables': summary['timing'].get('variables', {}),
+    }
     seeds = len(summary['methods'][summary['baseline']]['seeds'])
     # Results from before there were differences have none.
     paired = all('differences' in row for row in summary['methods'].values())
@@ -33,7 +37,7 @@ def _comparison(folder: str) -> str:
         + (f'\n{differences}' if paired else '')
         + f'\n{tables.FOOTNOTE}{tables.DIFFERENCES if paired else ""} Mean ± sd of'
         f' {seeds} seeds; {_device(summary)}, jax {summary["versions"]["jax"]}.'
-        f' Command: `{summary["command"]}`.\n'
+        f' Command: {_commands(timed)}.\n'
     )
 
 

@@ -106,7 +106,7 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
         # Costs are relative to the first.
         'methods': ('sgd', 'sam', 'looksam', 'esam', 'saf', 'vsam'),
         'seeds': (0, 1, 2),
-        'timing_rounds': 10,
+        'timing_rounds': 30,
         'timing_steps': 20,
     }
     rhos = (0.025, 0.05, 0.1, 0.2, 0.4)

@@ -252,6 +252,7 @@ def main() -> None:
     arguments = parser.parse_args()
     layout = Layout(arguments.parameters, arguments.devices)
     print(f'Derived, {layout}:\n\n{table(layout)}')
+    jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', 8)
     measured = measure()
     print(

@@ -32,9 +32,18 @@ from experiments.benchmark import (
 PARTS = ('steps', 'sweeps', 'runs')
 
 
-def torch_is_there() -> bool:
-    """Whether the peers in PyTorch can take part."""
-    return all(map(importlib.util.find_spec, ('torch', 'pytorch_optimizer')))
+def why_no_torch() -> str | None:
+    """Why the peers in PyTorch cannot take part, None if they can."""
+    if not all(map(importlib.util.find_spec, ('torch', 'pytorch_optimizer'))):
+        return 'torch and pytorch_optimizer are not installed.'
+    # Not there for most, and takes seconds to import.
+    from experiments.benchmark import torch_steps
+
+    try:
+        torch_steps.device()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 class _Benchmark:
@@ -83,6 +92,7 @@ class _Benchmark:
 
             torch_runners = torch_steps.runners
             self.content['versions'] |= torch_steps.versions()
+            self.content['torch_device'] = str(torch_steps.device())
         peaks = self.content['matrix_peak'] = peak.measure()
         found = self.content['problems'] = {}
         for name in names:
@@ -142,11 +152,10 @@ def main(arguments: Sequence[str]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     screen = console.Console()
     wants_torch = options.torch and not options.few
-    with_torch = wants_torch and torch_is_there()
-    if wants_torch and not with_torch and 'steps' in options.parts:
-        screen.print(
-            'PyTorch peers are left out: torch and pytorch_optimizer are not installed.'
-        )
+    missing = why_no_torch() if wants_torch else None
+    with_torch = wants_torch and missing is None
+    if missing and 'steps' in options.parts:
+        screen.print(f'PyTorch peers are left out: {missing}')
     with progress.Progress(console=screen) as bars:
         benchmark = _Benchmark(output, screen, bars, options.rounds)
         if 'steps' in options.parts:

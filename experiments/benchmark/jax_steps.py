@@ -88,12 +88,23 @@ class Program:
         self.executable = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
         self.conditionals = (self.executable.as_text() or '').count(' conditional(')
-        if decision in variants.PLANNED_TWIN:
-            # A conditional counts as both of its branches.
-            taken, _ = variants.sample_of(variants.PLANNED_TWIN[decision])
-            lowered = jax.jit(functools.partial(step, sample=taken)).lower(state, batch)
+        # A conditional would count as both of its branches.
+        counted = variants.PLANNED_TWIN.get(decision, decision)
+        self.flops = _operations(step, state, batch, counted)
+
+
+def _operations(
+    step: TrainStep, state: Any, batch: Any, decision: variants.Decision
+) -> float | None:
+    """Additions and multiplications of a step, None where XLA does not say."""
+    sample, _ = variants.sample_of(decision)
+    shapes = jax.eval_shape(lambda *arguments: arguments, state, batch)
+    # Not every backend counts; what is counted is the program before any of them
+    # optimizes it.
+    with jax.default_device(jax.devices('cpu')[0]):
+        lowered = jax.jit(functools.partial(step, sample=sample)).lower(*shapes)
         cost: Any = lowered.cost_analysis()
-        self.flops = (cost or {}).get('flops')
+    return (cost or {}).get('flops')
 
 
 class Session:

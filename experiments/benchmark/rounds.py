@@ -51,10 +51,10 @@ def interleaved(
         By name the seconds of a step, round after round; those of a slow one are
         from the first few rounds.
     """
+    for runner in runners.values():
+        runner.run(1)  # May take many times what the next calls take.
     warm = {name: runner.run(1) for name, runner in runners.items()}
     first = next(iter(runners))
-    warm[first] = runners[first].run(1)
-    # The first call of a quick one may take many times what the next ones take.
     least = max(_SLOW * warm[first], _SECONDS)
     slow = {name: _ROUNDS_OF_SLOW for name in runners if warm[name] > least}
     steps = max(steps, math.ceil(_SECONDS / warm[first]))

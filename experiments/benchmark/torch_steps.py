@@ -25,9 +25,18 @@ Update = Callable[[Callable[[], Any]], None]
 
 
 def device() -> torch.device:
-    """The kind of device that JAX runs on."""
-    on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
-    return torch.device('cuda' if on_gpu else 'cpu')
+    """The kind of device that JAX runs on.
+
+    Raises:
+        RuntimeError: if PyTorch cannot use it; beside an accelerator, rows of the
+            host's CPU would say nothing.
+    """
+    backend = jax.default_backend()
+    if backend == 'cpu':
+        return torch.device('cpu')
+    if backend != 'gpu' or not torch.cuda.is_available():
+        raise RuntimeError(f'PyTorch {torch.__version__} cannot use the {backend}.')
+    return torch.device('cuda')
 
 
 def _base(problem: Problem) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
@@ -143,7 +152,11 @@ class TorchRunner:
         self._labels = labels.to(self._device, torch.int64)
         model: Any = problem.model
         self._narrow = jnp.dtype(model.dtype) == jnp.bfloat16
-        self._network = torch.compile(network) if on_gpu else network
+        if on_gpu:
+            # Code of another batch size would be generalised instead of made anew.
+            torch.compiler.reset()
+            network = torch.compile(network, dynamic=False)
+        self._network = network
         self._update = method.make(parameters, problem)
         self.compile_seconds = None
         if on_gpu:
@@ -182,6 +195,8 @@ def title(name: str, problem: Problem) -> str:
 def runners(problem: Problem) -> dict[str, TorchRunner]:
     """Runners of all methods by title; the first is that of the base optimizer."""
     torch.backends.cudnn.benchmark = True
+    if device().type == 'cuda':
+        torch.cuda.empty_cache()  # Of the networks before this one.
     return {
         title(name, problem): TorchRunner(problem, method)
         for name, method in METHODS.items()

@@ -30,11 +30,10 @@ def conv(
     )
 
 
-def norm(train: bool, **kwargs: Any) -> nn.BatchNorm:
-    """A BatchNorm in float32, whatever the layers around it compute in."""
-    # Mean and variance of a batch lose too much in a narrow dtype.
+def norm(train: bool, dtype: Any = None, **kwargs: Any) -> nn.BatchNorm:
+    """A BatchNorm; flax takes its mean and variance in float32 in any dtype."""
     return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, dtype=jnp.float32, **kwargs
+        use_running_average=not train, momentum=0.9, dtype=dtype, **kwargs
     )
 
 

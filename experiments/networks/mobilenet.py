@@ -29,7 +29,7 @@ class MobileNet(nn.Module):
     Attributes:
         num_classes: the number of logits.
         width: channels of the stem, a 3×3 convolution of stride 1.
-        dtype: what convolutions compute in.
+        dtype: what all but the classifier computes in.
     """
 
     num_classes: int
@@ -40,10 +40,12 @@ class MobileNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Logits [batch, classes] of images [batch, height, width, channels]."""
         layer = functools.partial(conv, dtype=self.dtype)
-        x = nn.relu(norm(train)(layer(self.width)(x)))
+        x = nn.relu(norm(train, self.dtype)(layer(self.width)(x)))
         for multiple, stride in _BLOCKS:
             features = x.shape[-1]
             x = layer(features, stride=stride, groups=features)(x)
-            x = nn.relu(norm(train)(x))
-            x = nn.relu(norm(train)(layer(self.width * multiple, size=1)(x)))
+            x = nn.relu(norm(train, self.dtype)(x))
+            x = nn.relu(
+                norm(train, self.dtype)(layer(self.width * multiple, size=1)(x))
+            )
         return logits(x, self.num_classes)

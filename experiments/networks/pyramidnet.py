@@ -24,9 +24,9 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         layer = functools.partial(conv, self.features, dtype=self.dtype)
-        y = layer(stride=self.stride)(norm(train)(x))
-        y = layer()(nn.relu(norm(train)(y)))
-        y = norm(train)(y)
+        y = layer(stride=self.stride)(norm(train, self.dtype)(x))
+        y = layer()(nn.relu(norm(train, self.dtype)(y)))
+        y = norm(train, self.dtype)(y)
         if self.stride > 1:
             size = (self.stride, self.stride)
             x = nn.avg_pool(x, size, size, padding='SAME', count_include_pad=False)
@@ -43,7 +43,7 @@ class PyramidNet(nn.Module):
         alpha: how many channels the last block has more than the stem.
         width: channels of the stem.
         stem_stride: of the first convolution.
-        dtype: what convolutions compute in.
+        dtype: what all but the classifier computes in.
     """
 
     num_classes: int
@@ -58,9 +58,9 @@ class PyramidNet(nn.Module):
         """Logits [batch, classes] of images [batch, height, width, channels]."""
         blocks = (self.depth - 2) // 6
         x = conv(self.width, stride=self.stem_stride, dtype=self.dtype)(x)
-        x = norm(train)(x)
+        x = norm(train, self.dtype)(x)
         for number in range(3 * blocks):
             stride = 2 if number and number % blocks == 0 else 1
             features = self.width + round(self.alpha * (number + 1) / (3 * blocks))
             x = _Block(features, stride, self.dtype)(x, train)
-        return logits(nn.relu(norm(train)(x)), self.num_classes)
+        return logits(nn.relu(norm(train, self.dtype)(x)), self.num_classes)

@@ -16,7 +16,7 @@ class BasicBlock(nn.Module):
     Attributes:
         features: channels of the block.
         stride: of the first convolution.
-        dtype: what convolutions compute in.
+        dtype: what all but the classifier computes in.
     """
 
     features: int
@@ -28,8 +28,8 @@ class BasicBlock(nn.Module):
         """The block's output."""
         layer = functools.partial(conv, self.features, dtype=self.dtype)
         y = layer(stride=self.stride)(x)
-        y = layer()(nn.relu(norm(train)(y)))
-        return _join(x, norm(train)(y), self.stride, train, self.dtype)
+        y = layer()(nn.relu(norm(train, self.dtype)(y)))
+        return _join(x, norm(train, self.dtype)(y), self.stride, train, self.dtype)
 
 
 class Bottleneck(nn.Module):
@@ -38,7 +38,7 @@ class Bottleneck(nn.Module):
     Attributes:
         features: channels of the 3×3 convolution; the block returns four times that.
         stride: of the 3×3 convolution.
-        dtype: what convolutions compute in.
+        dtype: what all but the classifier computes in.
     """
 
     features: int
@@ -49,11 +49,11 @@ class Bottleneck(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """The block's output."""
         y = conv(self.features, size=1, dtype=self.dtype)(x)
-        y = nn.relu(norm(train)(y))
+        y = nn.relu(norm(train, self.dtype)(y))
         y = conv(self.features, stride=self.stride, dtype=self.dtype)(y)
-        y = nn.relu(norm(train)(y))
+        y = nn.relu(norm(train, self.dtype)(y))
         y = conv(4 * self.features, size=1, dtype=self.dtype)(y)
-        return _join(x, norm(train)(y), self.stride, train, self.dtype)
+        return _join(x, norm(train, self.dtype)(y), self.stride, train, self.dtype)
 
 
 def _join(
@@ -61,7 +61,7 @@ def _join(
 ) -> jax.Array:
     """The shortcut of a block, projected where the shape changes, plus its path."""
     if x.shape != y.shape:
-        x = norm(train)(conv(y.shape[-1], size=1, stride=stride, dtype=dtype)(x))
+        x = norm(train, dtype)(conv(y.shape[-1], size=1, stride=stride, dtype=dtype)(x))
     return nn.relu(x + y)
 
 
@@ -76,7 +76,7 @@ class ResNet(nn.Module):
         block: what a stage is made of.
         stem_stride: of the first convolution; 2 makes everything after it a quarter
             of the work.
-        dtype: what convolutions compute in.
+        dtype: what all but the classifier computes in.
     """
 
     num_classes: int
@@ -90,7 +90,7 @@ class ResNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Logits [batch, classes] of images [batch, height, width, channels]."""
         x = conv(self.width, stride=self.stem_stride, dtype=self.dtype)(x)
-        x = nn.relu(norm(train)(x))
+        x = nn.relu(norm(train, self.dtype)(x))
         for stage, blocks in enumerate(self.stages):
             for number in range(blocks):
                 stride = 2 if stage and not number else 1

@@ -20,9 +20,9 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         layer = functools.partial(conv, self.features, dtype=self.dtype)
-        active = nn.relu(norm(train)(x))
+        active = nn.relu(norm(train, self.dtype)(x))
         y = layer(stride=self.stride)(active)
-        y = layer()(nn.relu(norm(train)(y)))
+        y = layer()(nn.relu(norm(train, self.dtype)(y)))
         if x.shape != y.shape:
             x = layer(size=1, stride=self.stride)(active)
         return x + y
@@ -36,7 +36,7 @@ class WideResNet(nn.Module):
         depth: how many layers there are, 6 n + 4.
         width: the channels of the first stage, in sixteens.
         stem_stride: of the first convolution.
-        dtype: what convolutions compute in.
+        dtype: what all but the classifier computes in.
     """
 
     num_classes: int
@@ -54,4 +54,4 @@ class WideResNet(nn.Module):
                 stride = 2 if stage and not number else 1
                 features = 16 * self.width * 2**stage
                 x = _Block(features, stride, self.dtype)(x, train)
-        return logits(nn.relu(norm(train)(x)), self.num_classes)
+        return logits(nn.relu(norm(train, self.dtype)(x)), self.num_classes)

@@ -207,6 +207,20 @@ def test_the_same_settings_in_other_python_types_are_accepted(saved):
     assert_same_bits(checkpoint.restore(saved, state, config=config), state)
 
 
+def test_settings_in_lists_are_compared_one_by_one():
+    same = checkpoint._differences('x', [1.0, float('nan')], [1.0, float('nan')])
+    assert same == []
+    changed = checkpoint._differences('x', [1.0, {'a': 2}], [1.0, {'a': 3}])
+    assert changed == ["x[1]['a'] is 2 in the checkpoint, 3 in this run"]
+
+
+def test_dtypes_in_a_configuration_are_their_names():
+    for dtype in (jnp.float32, np.float32, np.dtype('float32')):
+        assert checkpoint._plain('dtype', dtype) == 'float32'
+    assert checkpoint._plain('dtype', jnp.bfloat16) == 'bfloat16'
+    assert checkpoint._plain('dtype', bool) == 'bool'
+
+
 def test_a_missing_checkpoint_is_named(saved, tmp_path):
     state = plain_state(optimizer())
     with pytest.raises(FileNotFoundError, match=r'no complete .* step 4; .* \[5\]'):
@@ -224,6 +238,8 @@ def test_a_missing_checkpoint_is_named(saved, tmp_path):
         ({'vsam': {'rho': optax.constant_schedule(0.1)}}, r"config\['vsam'\]\['rho'\]"),
         ({'masks': [True, {1, 2}]}, r"config\['masks'\]\[1\] must be .* got \{1, 2\}"),
         ('vsam', "config must be a mapping, got 'vsam'"),
+        ({'model': nn.Dense}, r"config\['model'\] must be .* got <class .*Dense"),
+        ({'model': nn.Dense(2, dtype=jnp.float32)}, r"config\['model'\] must be "),
     ],
 )
 def test_a_configuration_that_cannot_be_compared_is_refused(saved, config, message):

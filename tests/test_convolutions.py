@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import vsam_jax
 from tests import problems
@@ -206,8 +208,56 @@ def test_micro_batches_have_no_slow_convolution():
 
 
 def test_other_backends_and_code_without_jit_are_left_alone(monkeypatch):
-    function = lambda x: x
-    with jax.disable_jit():
-        assert convolutions.canonical(function) is function
+    function, args = gradient('channels first')
+    args = [jnp.asarray(x, jnp.float32) for x in args]
+    wrapped = convolutions.canonical(function)
+    plain = orders(function, args)
+    assert orders(wrapped, args) != plain
+    with jax.disable_jit(), monkeypatch.context() as context:
+        context.setattr(jax, 'make_jaxpr', None)  # Nothing is traced.
+        wrapped(args)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    assert convolutions.canonical(function) is function
+    # Another function, which jit has not seen yet.
+    assert orders(lambda args: wrapped(args), args) == plain
+
+
+def test_wrapping_starts_no_backend(monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', None)
+    convolutions.canonical(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ('dimensions', 'inputs', 'kernel', 'outputs'),
+    [
+        (('HNWC', 'HWIO', 'HNWC'), P(None, 'data'), P(), P(None, 'data')),
+        (('NHWC', 'HWIO', 'NHWC'), P(), P(None, None, None, 'data'), P('data')),
+        (('NCHW', 'OIHW', 'NCHW'), P('data'), P(), P('data')),
+    ],
+)
+def test_explicit_shardings_move_with_the_dimensions(
+    dimensions, inputs, kernel, outputs
+):
+    mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Explicit,))
+    sizes = {'N': 4, 'C': 4, 'I': 4, 'O': 4, 'H': 3, 'W': 5}
+    place = lambda letters, spec: jax.device_put(
+        np.random.default_rng(0).normal(size=[sizes[x] for x in letters]),
+        NamedSharding(mesh, spec),
+    )
+    args = place(dimensions[0], inputs), place(dimensions[1], kernel)
+
+    def loss(args):
+        out = lax.conv_general_dilated(
+            *args,
+            (1, 1),
+            'SAME',
+            dimension_numbers=dimensions,
+            out_sharding=NamedSharding(mesh, outputs),
+        )
+        return jnp.sum(jnp.sin(out))
+
+    with jax.set_mesh(mesh):
+        plain = jax.jit(jax.grad(loss))(args)
+        fast = jax.jit(convolutions.canonical(jax.grad(loss)))(args)
+    typed = lambda tree: [(x.shape, x.sharding.spec) for x in tree]
+    assert typed(fast) == typed(plain)
+    chex.assert_trees_all_close(fast, plain, rtol=1e-4, atol=1e-4)

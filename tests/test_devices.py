@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import vsam_jax
 from tests import problems
+from vsam_jax.state import states_in
 
 WINDOW = 4
 STEPS = 2 * WINDOW - 1 + 2 * WINDOW
@@ -83,7 +84,7 @@ def train(step: Any, state: Any, data: Any) -> tuple[Any, list[bool]]:
     sampled = []
     for batch in data:
         state, _ = step(state, batch)
-        sampled.append(bool(vsam_jax.find_state(state).sampled))
+        sampled.append(any(bool(x.sampled) for x in states_in(state)))
     return state, sampled
 
 
@@ -370,7 +371,7 @@ class Network(nn.Module):
         return nn.Dense(3, **options)(x)
 
 
-def flax_run(axis_name: str | None) -> Any:
+def flax_run(axis_name: str | None, tx: Any, **options: Any) -> Any:
     """Ten steps of the step builder, on one device or under shard_map."""
     network = Network(axis_name)
 
@@ -384,11 +385,13 @@ def flax_run(axis_name: str | None) -> Any:
     if axis_name is not None:
         mesh = jax.make_mesh((8,), (axis_name,), axis_types=(AxisType.Auto,))
         specs = P(), P(axis_name)
-        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=specs)
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=specs, out_specs=specs, **options
+        )
     state = vsam_jax.TrainState.create(
         apply_fn=network.apply,
         **Network(None).init(jax.random.key(0), batches()[0][0]),
-        tx=optimizer('vsam', axis_name=axis_name),
+        tx=tx,
         dynamic_scale=dynamic_scale.DynamicScale(),
     )
     return train(jax.jit(step), state, batches()[:10])
@@ -396,10 +399,23 @@ def flax_run(axis_name: str | None) -> Any:
 
 @pytest.mark.usefixtures('x64')
 def test_the_flax_step_over_devices_is_that_of_one_device():
-    run, reference = flax_run('data'), flax_run(None)
+    run = flax_run('data', optimizer('vsam', axis_name='data'))
+    reference = flax_run(None, optimizer('vsam'))
     fields = lambda run: (run[0].params, run[0].batch_stats, run[0].opt_state)
     # The loss scale of flax brings gradients to float32.
     assert_same_run((fields(run), run[1]), (fields(reference), reference[1]), 1e-6)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('check_vma', [True, False])
+def test_gradients_of_other_optimizers_are_averaged_over_devices(check_vma):
+    run = flax_run('data', optax.adam(0.1), check_vma=check_vma)
+    # Of all devices, not of the one that is shown.
+    for leaf in jax.tree.leaves(run[0].params):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert all((shard == shards[0]).all() for shard in shards)
+    fields = lambda run: (run[0].params, run[0].batch_stats, run[0].opt_state)
+    problems.assert_close(fields(run), fields(flax_run(None, optax.adam(0.1))), 1e-5)
 
 
 @pytest.mark.usefixtures('x64')

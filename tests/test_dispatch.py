@@ -270,6 +270,29 @@ def test_wrong_train_steps_are_errors(batches):
         driver(start(tx), batches[0])
 
 
+@pytest.mark.parametrize(
+    'options', [{'donate_argnums': (0, 1)}, {'donate_argnames': 'state'}]
+)
+@pytest.mark.parametrize('donate_state', [True, False])
+def test_what_is_donated_is_said_in_one_way(options, donate_state):
+    step = problems.make_step(optimizer())
+    with pytest.raises(ValueError, match=r'donate_argnums must name .* donate_state'):
+        vsam_jax.PlannedStep(step, donate_state=donate_state, **options)
+
+
+@pytest.mark.filterwarnings('ignore:Some donated buffers were not usable')
+@pytest.mark.parametrize('donate_state', [True, False])
+def test_a_batch_may_be_donated_beside_the_state(donate_state):
+    tx = optimizer()
+    step = problems.make_step(tx)
+    driver = vsam_jax.PlannedStep(step, donate_state=donate_state, donate_argnums=1)
+    state = start(tx)
+    batch = jax.tree.map(jnp.asarray, problems.mlp_batches(1)[0])
+    lowered = driver.program(True).lower(state, batch).args_info[0]
+    assert all(x.donated == donate_state for x in jax.tree.leaves(lowered[0]))
+    assert all(x.donated for x in jax.tree.leaves(lowered[1]))
+
+
 def test_an_exception_in_a_step_leaves_the_driver_usable(batches):
     tx = optimizer()
     driver = vsam_jax.PlannedStep(problems.make_step(tx))

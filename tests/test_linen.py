@@ -197,6 +197,29 @@ def test_micro_batches_take_one_second_gradient_of_each_part_with_its_mask():
     assert differ(new.batch_stats, stats[1])
 
 
+def test_micro_batches_keep_what_a_loss_scale_saves_from_underflow():
+    """Also where the parameters could not hold the gradient."""
+
+    def loss_fn(params, batch_stats, batch, key):
+        loss = jnp.sum(params['w'] * batch.mean(0)).astype(jnp.float32)
+        return loss, (batch_stats, loss)
+
+    seen = []
+    for n in (1, 2):
+        state = vsam_jax.TrainState.create(
+            apply_fn=None,
+            params={'w': jnp.ones(2, jnp.float16)},
+            tx=optax.trace(0.0),
+            dynamic_scale=DynamicScale(scale=2.0**15),
+        )
+        step = vsam_jax.make_train_step(loss_fn, num_micro_batches=n)
+        state, _ = jax.jit(step)(state, jnp.full((4, 2), 1e-8, jnp.float32))
+        seen.append(optax.tree.get(state.opt_state, 'trace')['w'])
+    np.testing.assert_allclose(seen[0], 1e-8, rtol=1e-2)
+    problems.assert_close(seen[1], seen[0], atol=0, rtol=1e-3)
+    assert seen[0].dtype == seen[1].dtype
+
+
 def test_micro_batches_that_do_not_divide_the_batch_are_refused():
     step = vsam_jax.make_train_step(make_loss_fn(Model()), num_micro_batches=3)
     with pytest.raises(ValueError, match=r'num_micro_batches must divide .*=3 .*8, 3'):
@@ -320,3 +343,66 @@ def test_an_optimizer_without_a_second_gradient_works_with_a_loss_scale(half_ste
     )
     state, _ = jax.jit(half_step)(state, data())
     assert float(state.dynamic_scale.scale) == 2.0**23
+
+
+# --- Other optimizers, other parameters ------------------------------------------
+
+
+def test_scales_of_8_bit_floats_are_overwritten_and_not_perturbed():
+    """As flax does it: their gradient is their next value."""
+    owned = '_overwrite_with_gradient'
+    seen = []
+
+    def loss_fn(params, batch_stats, batch, key):
+        @jax.custom_vjp
+        def scaled(x, scale):
+            return x
+
+        scaled.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g, 2 * scale))
+        jax.debug.callback(lambda s: seen.append(float(s)), params[owned])
+        w = scaled(params['params'], params[owned])
+        loss = jnp.sum((w - batch) ** 2)
+        return loss, (batch_stats, loss)
+
+    def train(tx):
+        params = {'params': jnp.zeros(3), owned: jnp.array(1.0)}
+        state = vsam_jax.TrainState.create(apply_fn=None, params=params, tx=tx)
+        step = jax.jit(vsam_jax.make_train_step(loss_fn))
+        for _ in range(3):
+            state, _ = step(state, jnp.ones(3))
+        jax.effects_barrier()
+        return state
+
+    state = train(optimizer('sam'))
+    assert float(state.params[owned]) == 8.0
+    assert sorted(seen) == [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
+    w, tx = jnp.zeros(3), optimizer('sam')
+    opt_state, gradient = tx.init(w), lambda w: 2 * (w - 1.0)
+    for _ in range(3):
+        updates, opt_state = tx.update(gradient(w), opt_state, w, grad_fn=gradient)
+        w = optax.apply_updates(w, updates)
+    problems.assert_close(state.params['params'], w, atol=1e-6)
+
+
+def test_accumulation_around_the_method_is_refused_and_after_it_works():
+    def loss_fn(params, batch_stats, batch, key):
+        loss = jnp.sum((params - batch) ** 2)
+        return loss, (batch_stats, loss)
+
+    step = vsam_jax.make_train_step(loss_fn)
+    create = lambda tx: vsam_jax.TrainState.create(
+        apply_fn=None, params=jnp.zeros(3), tx=tx
+    )
+    with pytest.raises(ValueError, match=r'tx must not be optax\.MultiSteps around'):
+        step(create(optax.MultiSteps(optimizer(), 2)), jnp.ones(3))
+    after = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    for tx in (optax.MultiSteps(optax.sgd(0.1), 2), optax.chain(vsam_jax.sam(), after)):
+        state = create(tx)
+        for taken in (False, True):
+            state, _ = step(state, jnp.ones(3))
+            assert bool(state.params.any()) == taken
+    # A step of one's own may know the whole mini-batch.
+    state = create(optax.MultiSteps(optimizer(), 2))
+    state = state.apply_gradients(grads=jnp.ones(3), sample=False)
+    state = state.apply_gradients(grads=jnp.ones(3), grad_fn=lambda p: p, sample=True)
+    assert int(vsam_jax.metrics(state)['num_samples']) == 1

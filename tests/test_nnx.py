@@ -212,6 +212,14 @@ def test_no_second_gradient_is_taken_for_sgd():
     assert float(last) < float(first)
 
 
+def test_accumulation_around_the_method_is_refused():
+    model = Model(nnx.Rngs(0))
+    step = vsam_jax.make_nnx_train_step(loss_fn)
+    tx = optax.MultiSteps(vsam_jax.vsam(), 2)
+    with pytest.raises(ValueError, match=r'tx must not be optax\.MultiSteps around'):
+        step(model, nnx.Optimizer(model, tx, wrt=nnx.Param), data())
+
+
 def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match='train_step must be a function'):
         vsam_jax.PlannedNNXStep(None)  # pyright: ignore

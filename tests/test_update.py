@@ -185,6 +185,19 @@ def test_a_rejected_sample_shows_in_every_tensor_of_one_direction(sample):
     problems.assert_equal(direction, {**g_sam, 'b': jnp.ones(2)})
 
 
+@pytest.mark.parametrize('method', problems.METHODS)
+@pytest.mark.parametrize('size', [jnp.inf, 1e25])
+def test_a_rejected_sample_shows_where_only_its_norm_is_not_finite(method, size):
+    tx = problems.METHODS[method](0.1)
+    w = {'a': jnp.ones(2), 'b': jnp.ones(2)}
+    g_sam = {'a': jnp.ones(2), 'b': jnp.array([1.0, size])}
+    update = jax.jit(lambda state: tx.update(w, state, w, grad_fn=lambda p: g_sam))
+    direction, state = update(tx.init(w))
+    if bool(state.sampled):  # The first step, but where chance has it otherwise.
+        assert int(state.num_rejected) == 1
+        assert all(bool(jnp.isnan(x).all()) for x in jax.tree.leaves(direction))
+
+
 def test_a_non_finite_first_gradient_is_rejected_too():
     tx = small_vsam()
     w = jnp.array([1.0, 2.0])

@@ -28,7 +28,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         - ``budget``: b, how many steps of the current window are sampled (⌊b⌋).
         - ``sampled``: whether the latest update took a second gradient.
         - ``grad_norm``, ``psf_norm``: ‖g‖ and ‖s‖ of the latest usable sample.
-        - ``psf_age``: how many updates ago that was.
+        - ``psf_age``: how many updates ago that was; before there was one, more than
+          the updates made, in methods whose reuse ends.
         - ``num_samples``: how many updates took a second gradient.
         - ``num_rejected``: how many of those were not finite, and were skipped.
 

@@ -14,7 +14,8 @@ import optax
 from flax.training.dynamic_scale import DynamicScale
 
 from vsam_jax import _checks, _numerics, convolutions
-from vsam_jax._types import PyTree
+from vsam_jax._types import DTypeLike, PyTree
+from vsam_jax.state import states_in
 
 # (params, collections, batch, key) -> (loss, (collections, aux))
 LossFn = Callable[..., tuple[jax.Array, tuple[PyTree, Any]]]
@@ -65,7 +66,10 @@ def two_passes(
     """
     gradient = _gradient(loss_fn, dynamic_scale)
     if num_micro_batches > 1:
-        gradient = _accumulated(gradient, num_micro_batches)
+        # A gradient that a loss scale was divided out of is float32 in flax, because
+        # a narrower dtype may not hold it.
+        dtype = None if dynamic_scale is None else jnp.float32
+        gradient = _accumulated(gradient, num_micro_batches, dtype)
     grads, (new_collections, aux) = gradient(params, collections, batch, key)
     return Passes(
         grads=grads,
@@ -73,6 +77,24 @@ def two_passes(
         aux=aux,
         grad_fn=lambda p: gradient(p, collections, batch, key)[0],
     )
+
+
+def extra_args(tx: Any, **arguments: Any) -> dict[str, Any]:
+    """The arguments if the optimizer takes any, nothing if it would refuse them."""
+    # MultiSteps passes them on, without being what says so.
+    takes = (optax.GradientTransformationExtraArgs, optax.MultiSteps)
+    return arguments if isinstance(tx, takes) else {}
+
+
+def check_accumulation(tx: Any, opt_state: PyTree) -> None:
+    """Raises where a second gradient would not be that of the whole mini-batch."""
+    if isinstance(tx, optax.MultiSteps) and states_in(opt_state):
+        raise ValueError(
+            'tx must not be optax.MultiSteps around a method of vsam_jax here: the'
+            ' second gradient would be that of the last mini-step alone. Give'
+            ' num_micro_batches to the function that builds the step, or put'
+            ' optax.MultiSteps around what comes after the method.'
+        )
 
 
 def micro_batches(num_micro_batches: Any) -> int:
@@ -92,8 +114,13 @@ def _gradient(loss_fn: LossFn, dynamic_scale: DynamicScale | None) -> Gradient:
     return gradient
 
 
-def _accumulated(gradient: Gradient, num_micro_batches: int) -> Gradient:
-    """The mean gradient over micro-batches, one after the other."""
+def _accumulated(
+    gradient: Gradient, num_micro_batches: int, dtype: DTypeLike
+) -> Gradient:
+    """The mean gradient over micro-batches, one after the other.
+
+    Its dtype is ``dtype``, or with None that of each parameter.
+    """
 
     def split(x: jax.Array) -> jax.Array:
         if not jnp.shape(x) or x.shape[0] % num_micro_batches:
@@ -124,6 +151,7 @@ def _accumulated(gradient: Gradient, num_micro_batches: int) -> Gradient:
             (jnp.arange(num_micro_batches), jax.tree.map(split, batch)),
         )
         mean = optax.tree.scale(1 / num_micro_batches, total)
-        return optax.tree.cast_like(mean, params), (collections, aux)
+        cast = lambda m, p: m.astype(dtype or p.dtype)
+        return jax.tree.map(cast, mean, params), (collections, aux)
 
     return accumulated

@@ -223,14 +223,16 @@ def _plain(where: str, value: Any) -> Any:
         return value
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         return value.tolist()
-    try:
+    # NumPy makes a dtype of more than dtypes: of any class that of objects.
+    scalars = (np.generic, bool, int, float, complex)
+    is_scalar = isinstance(value, type) and issubclass(value, scalars)
+    if is_scalar or isinstance(value, (np.dtype, type(jnp.float32))):
         return jnp.dtype(value).name
-    except TypeError:
-        raise TypeError(
-            f'{where} must be a JSON value, an array or a dtype, so that it can be'
-            f' stored and compared, got {value!r}. Describe a function by its name and'
-            " numbers, such as 'cosine from 0.05 to 0 in 1000 steps'."
-        ) from None
+    raise TypeError(
+        f'{where} must be a JSON value, an array or a dtype, so that it can be'
+        f' stored and compared, got {value!r}. Describe a function or a class by its'
+        " name and numbers, such as 'cosine from 0.05 to 0 in 1000 steps'."
+    )
 
 
 def _differences(where: str, found: Any, wanted: Any) -> list[str]:
@@ -247,6 +249,10 @@ def _differences(where: str, found: Any, wanted: Any) -> list[str]:
             else:
                 lines += _differences(here, found[key], wanted[key])
         return lines
+    both_lists = isinstance(found, list) and isinstance(wanted, list)
+    if both_lists and len(found) == len(wanted):
+        pairs = enumerate(zip(found, wanted, strict=True))
+        return [x for i, two in pairs for x in _differences(f'{where}[{i}]', *two)]
     both_nan = found != found and wanted != wanted
     if found == wanted or both_nan:
         return []

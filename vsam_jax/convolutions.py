@@ -34,7 +34,7 @@ def canonical(function: Callable[P, T]) -> Callable[P, T]:
 
     Returns:
         A function with the same values, to rounding. On other backends, and where
-        ``jax.disable_jit`` lets operations run one by one, it is ``function``.
+        ``jax.disable_jit`` lets operations run one by one, it calls ``function``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -48,12 +48,13 @@ def canonical(function: Callable[P, T]) -> Callable[P, T]:
         ...   return jax.tree.map(step, params, gradient(params)), None
         >>> params, _ = jax.lax.scan(convolutions.canonical(descend), params, length=3)
     """
-    jit_is_off = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
-    if jax.default_backend() != 'cpu' or jit_is_off:
-        return function
 
     @functools.wraps(function)
     def rewritten(*args: P.args, **kwargs: P.kwargs) -> T:
+        # Not before it is called: to ask for the backend starts it.
+        jit_is_off = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+        if jit_is_off or jax.default_backend() != 'cpu':
+            return function(*args, **kwargs)
         program, shapes = jax.make_jaxpr(function, return_shape=True)(*args, **kwargs)
         evaluate = core.jaxpr_as_fun(_in_closed(program))
         outputs = evaluate(*jax.tree.leaves((args, kwargs)))
@@ -102,6 +103,12 @@ def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
     if given == fast:
         return [equation]
     params = {**equation.params, 'dimension_numbers': fast}
+    sharding = params['out_sharding']
+    if sharding is not None:
+        axes = [*sharding.spec, *[None] * (number - len(sharding.spec))]
+        moved = _places(given.out_spec, fast.out_spec)
+        spec = sharding.spec.update(partitions=tuple(axes[place] for place in moved))
+        params['out_sharding'] = sharding.update(spec=spec)
 
     def convolve(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         outputs = equation.primitive.bind(
@@ -131,4 +138,9 @@ def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
 
 def _move(x: jax.Array, old: Sequence[int], new: Sequence[int]) -> jax.Array:
     """Brings dimensions from the places ``old`` to the places ``new``."""
-    return lax.transpose(x, [old[new.index(place)] for place in range(x.ndim)])
+    return lax.transpose(x, _places(old, new))
+
+
+def _places(old: Sequence[int], new: Sequence[int]) -> list[int]:
+    """For each place of the new order, which of the old one it comes from."""
+    return [old[new.index(place)] for place in range(len(new))]

@@ -107,7 +107,8 @@ class PlannedStep:
     Raises:
         TypeError: from the constructor if ``train_step`` is not callable; from a
             call if the state is traced or the result is not a pair.
-        ValueError: from a call if the state holds no plan or several of them.
+        ValueError: from the constructor if ``jit_options`` say whether the state is
+            donated; from a call if the state holds no plan or several of them.
         RuntimeError: from a call if the state did not advance with the calls.
 
     Example:
@@ -142,13 +143,14 @@ class PlannedStep:
                 'train_step must be a function (state, *args, sample) -> (state,'
                 f' anything), got {train_step!r}.'
             )
-        if donate_state:
-            jit_options.setdefault('donate_argnums', (0,))
         self._programs = {
-            sample: jax.jit(_specialize(train_step, sample), **jit_options)
+            sample: jax.jit(
+                _specialize(train_step, sample),
+                **_with_donation(donate_state, jit_options),
+            )
             for sample in (True, False)
         }
-        self._donates = 'donate_argnums' in jit_options
+        self._donates = donate_state
         self._window: _Window | None = None
         self.num_reads = 0
 
@@ -212,6 +214,19 @@ class PlannedStep:
             )
         self._window = new
         return new, state
+
+
+def _with_donation(donate_state: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of ``jax.jit`` with the state, argument 0, donated or not."""
+    given = options.get('donate_argnums', ())
+    others = (given,) if isinstance(given, int) else tuple(given)
+    if 0 in others or 'donate_argnames' in options:
+        named = {k: v for k, v in options.items() if k.startswith('donate_')}
+        raise ValueError(
+            'donate_argnums must name arguments after the state, by their places, got'
+            f' {named}: donate_state says whether the state is donated.'
+        )
+    return {**options, 'donate_argnums': (0, *others) if donate_state else others}
 
 
 def _decision(sample: Any) -> bool:

@@ -90,6 +90,8 @@ def vsam(
         segments: S, divides K into groups of at least two.
         warmup_steps: W, how many first steps are all sampled. None gives 2K − 1, the
             least with which all statistics are complete when the first window starts.
+            With fewer (or with rejected samples among them) the variance of ‖s‖ grows
+            for some windows only because its ring fills, and the budget with it.
         norm_gain: α₁ >= 0, the gain on the change of ‖s‖/‖g‖.
         variance_gain: α₂ >= 0, the gain on the change of the variance of ‖s‖.
         decay: β in [0, 1], the decay of a reused PSF per step of age.
@@ -507,6 +509,8 @@ def random_sam(
         >>> print(int(state.plan.sum()))
         284
     """
+    # Checked also where nothing is reused.
+    decayed = reuse.DecayedDifference(decay, reuse_steps)
     reuse_psf = _checks.flag('reuse_psf', reuse_psf)
     return transform.sharpness_aware(
         perturbation.l2_ascent,
@@ -515,7 +519,7 @@ def random_sam(
             window=window,
             seed=seed,
         ),
-        reuse.DecayedDifference(decay, reuse_steps) if reuse_psf else reuse.NoReuse(),
+        decayed if reuse_psf else reuse.NoReuse(),
         rho,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 
 from vsam_jax import _passes
@@ -94,12 +93,9 @@ def make_nnx_train_step(
         grads = jax.tree.unflatten(
             jax.tree.structure(params), jax.tree.leaves(passes.grads)
         )
-        # Others than these take no extra arguments, and refuse them.
-        if isinstance(optimizer.tx, optax.GradientTransformationExtraArgs):
-            extra = {'grad_fn': passes.grad_fn, 'sample': sample}
-        else:
-            extra = {}
-        optimizer.update(model, grads, **extra)
+        _passes.check_accumulation(optimizer.tx, nnx.as_pure(optimizer.opt_state))
+        extra = {'grad_fn': passes.grad_fn, 'sample': sample}
+        optimizer.update(model, grads, **_passes.extra_args(optimizer.tx, **extra))
         return passes.aux
 
     return train_step

@@ -27,8 +27,8 @@ class VSAMState(NamedTuple):
             the first-order one), a tree like the parameters in their dtypes or in
             ``psf_dtype``; zeros at first. None in methods that reuse nothing.
         age: int32 scalar, how many updates ago the latest usable sample was taken.
-            Before the first one it starts above ``reuse_steps`` in methods that reuse
-            a decayed PSF, at 0 in the others.
+            Before the first one it starts at an age at which nothing is reused, in
+            methods whose reuse ends; at 0 in the others.
         rings: statistics of the last K samples, [K] each, in the statistics dtype;
             None in methods that use no statistics.
         grad_norm: scalar in the statistics dtype, ‖g‖ of the latest usable sample.
@@ -76,7 +76,6 @@ def find_state(tree: Any) -> VSAMState:
 
 def locate_state(tree: Any) -> tuple[int, VSAMState]:
     """Like :func:`find_state`; also the index of its first leaf among all leaves."""
-    is_state = lambda node: isinstance(node, VSAMState)
     nodes = jax.tree.leaves(tree, is_leaf=is_state)
     found = [i for i, node in enumerate(nodes) if is_state(node)]
     if len(found) != 1:
@@ -86,6 +85,16 @@ def locate_state(tree: Any) -> tuple[int, VSAMState]:
             ' outside optax.partition, into the optimizer.'
         )
     return len(jax.tree.leaves(nodes[: found[0]])), nodes[found[0]]
+
+
+def is_state(node: Any) -> bool:
+    """Whether a node of a tree is a :class:`VSAMState`."""
+    return isinstance(node, VSAMState)
+
+
+def states_in(tree: Any) -> list[VSAMState]:
+    """All of them inside any state, none or more."""
+    return list(filter(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
 
 
 def with_own_buffers(tree: Any) -> Any:

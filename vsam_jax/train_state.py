@@ -6,19 +6,20 @@ in training mode in both, and its running statistics come from the first alone. 
 overflow of a scaled loss skips the update and leaves no trace.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state as flax_train_state
 from flax.training.dynamic_scale import DynamicScale
 
 from vsam_jax import _checks, _collectives, _passes
 from vsam_jax._types import PyTree
-from vsam_jax.state import VSAMState, with_own_buffers
+from vsam_jax.state import is_state, states_in, with_own_buffers
 
 
 class TrainState(flax_train_state.TrainState):
@@ -91,7 +92,10 @@ class TrainState(flax_train_state.TrainState):
         """One update, as in flax, with the arguments of a sharpness-aware one.
 
         Args:
-            grads: the gradient, a tree like ``params``.
+            grads: the gradient, a tree like ``params``. Flax's collection
+                ``_overwrite_with_gradient`` (the scales of 8-bit floats) is no
+                gradient: it replaces that of ``params``, and the optimizer sees the
+                collection ``params`` alone.
             grad_fn: maps parameters to the gradient of the same mini-batch.
             sample: whether this step is sampled, see :func:`vsam_jax.vsam`.
             **kwargs: fields to replace, such as ``batch_stats``.
@@ -99,15 +103,29 @@ class TrainState(flax_train_state.TrainState):
         Returns:
             The state of the next step.
         """
-        tx = optax.with_extra_args_support(self.tx)
-        updates, opt_state = tx.update(
-            grads, self.opt_state, self.params, grad_fn=grad_fn, sample=sample
+        whole = self.params
+        overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
+        params = whole['params'] if overwrites else whole
+
+        def second_gradient(params: PyTree) -> PyTree:
+            assert grad_fn is not None
+            return grad_fn({**whole, 'params': params})['params']
+
+        updates, opt_state = self.tx.update(
+            grads['params'] if overwrites else grads,
+            self.opt_state,
+            params,
+            **_passes.extra_args(
+                self.tx,
+                grad_fn=second_gradient if overwrites and grad_fn else grad_fn,
+                sample=sample,
+            ),
         )
+        params = optax.apply_updates(params, updates)
+        if overwrites:
+            params = {**grads, 'params': params}
         return self.replace(
-            step=self.step + 1,
-            params=optax.apply_updates(self.params, updates),
-            opt_state=opt_state,
-            **kwargs,
+            step=self.step + 1, params=params, opt_state=opt_state, **kwargs
         )
 
 
@@ -142,7 +160,9 @@ def make_train_step(
             ``aux`` gets a leading axis over the parts.
         axis_name: the mapped axis over the devices, if the step runs once per device
             (``jax.shard_map``, ``jax.pmap``) and the method was given the same
-            ``axis_name``. Each device has a dropout mask of its own, ``batch_stats``
+            ``axis_name``. For an optimizer without a method of this package
+            gradients are averaged here. Each device has a dropout mask of its own,
+            ``batch_stats``
             are averaged, and ``aux`` is that of the device's share of the
             mini-batch. BatchNorm normalizes with the share's statistics unless the
             model gives it the axis. None where ``jax.jit`` sees all devices.
@@ -152,7 +172,9 @@ def make_train_step(
         jitted. ``aux`` comes from the first pass. Give it to
         :class:`vsam_jax.PlannedStep`, or jit it as it is for a traced step. It
         works with any optax optimizer; one that takes no second gradient never
-        calls for it.
+        calls for it. It raises a ``ValueError`` for ``optax.MultiSteps`` around a
+        method of this package, whose second gradient would be that of the last part
+        alone: ``num_micro_batches`` is for that.
 
         Where the state has a ``dynamic_scale`` both passes scale the loss with it.
         If one of the two gradients is not finite, parameters, ``batch_stats`` and
@@ -206,8 +228,11 @@ def make_train_step(
             num_micro_batches=num_micro_batches,
             dynamic_scale=state.dynamic_scale,
         )
+        _passes.check_accumulation(state.tx, state.opt_state)
+        # The methods of this package average for themselves, others know no devices.
+        plain = not states_in(state.opt_state)
         new_state = state.apply_gradients(
-            grads=passes.grads,
+            grads=_collectives.mean(passes.grads, axis_name if plain else None),
             grad_fn=passes.grad_fn,
             sample=sample,
             batch_stats=_collectives.mean(passes.collections, axis_name),
@@ -228,7 +253,7 @@ def _skip_overflow(old: TrainState, new: TrainState, grads: PyTree) -> TrainStat
     finite &= _num_rejected(new.opt_state) == _num_rejected(old.opt_state)
 
     def keep(new_leaf: Any, old_leaf: Any) -> Any:
-        if isinstance(new_leaf, VSAMState):
+        if is_state(new_leaf):
             return new_leaf  # It knows what to reject, and has to advance.
         return jnp.where(finite, new_leaf, old_leaf)
 
@@ -236,7 +261,7 @@ def _skip_overflow(old: TrainState, new: TrainState, grads: PyTree) -> TrainStat
         keep,
         (new.params, new.batch_stats, new.opt_state),
         (old.params, old.batch_stats, old.opt_state),
-        is_leaf=_is_vsam_state,
+        is_leaf=is_state,
     )
     return new.replace(
         params=params,
@@ -246,13 +271,8 @@ def _skip_overflow(old: TrainState, new: TrainState, grads: PyTree) -> TrainStat
     )
 
 
-def _is_vsam_state(node: Any) -> bool:
-    return isinstance(node, VSAMState)
-
-
 def _num_rejected(opt_state: PyTree) -> jax.Array | int:
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_vsam_state)
-    return sum(node.num_rejected for node in nodes if _is_vsam_state(node))
+    return sum(state.num_rejected for state in states_in(opt_state))
 
 
 def _next_scale(dynamic_scale: Any, finite: jax.Array) -> DynamicScale:

@@ -218,8 +218,9 @@ def sharpness_aware(
         accepted = outcome.accepted
         taken = jnp.asarray(sample, jnp.bool_)
         rejected = taken & ~accepted
-        if stores and sample is not False:
-            # Traced, the older memory has taken its place: show that there was one.
+        if sample is not False:
+            # Traced, the older memory has taken its place, and norms overflow before
+            # gradients do: show that there was one.
             direction = jax.tree.map(
                 lambda d: jnp.where(rejected, jnp.nan, d), direction
             )

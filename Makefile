@@ -18,7 +18,16 @@ ifeq ($(ACCELERATOR),)
 # XLA allocates the temporaries of a program anew at every call; glibc gets large ones
 # back from the kernel faster in huge pages (docs/cost.md).
 demo bench profile paper: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+else ifeq ($(filter $(ACCELERATOR),cuda12 cuda13 tpu),)
+$(error ACCELERATOR must be cuda12, cuda13, tpu or nothing, got $(ACCELERATOR))
+else
+# Without it JAX goes on on the CPU where it finds no accelerator.
+bench profile paper: export JAX_PLATFORMS := $(ACCELERATOR:cuda%=cuda),cpu
 endif
+
+# The package index has PyTorch for CPUs and for CUDA 13 alone; its libraries and those
+# of CUDA 12 overwrite each other.
+PEERS := $(if $(filter cuda12 tpu,$(ACCELERATOR)),experiments,benchmark)
 
 .PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
 
@@ -28,7 +37,7 @@ help:
 # A virtual environment per extra, made anew when its requirements change.
 .venv-test/.ready: EXTRA = dev
 .venv-demo/.ready: EXTRA = experiments
-$(BENCH_ENV)/.ready: EXTRA = benchmark$(ACCELERATOR:%=,%)
+$(BENCH_ENV)/.ready: EXTRA = $(PEERS)$(ACCELERATOR:%=,%)
 $(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 .venv-%/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else \
@@ -82,18 +91,23 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 	  tx.update(w, tx.init(w), w, grad_fn=lambda w: w); \
 	  print("the wheel works:", vsam_jax.__name__, vsam_jax.__version__)'
 
-# make bench ACCELERATOR=cuda12: on a GPU, also without CUDA graphs (command buffers).
+# make bench ACCELERATOR=cuda13: on a GPU, also without CUDA graphs (command buffers).
 MEASURED := experiments/results/benchmark/$(or $(ACCELERATOR),cpu)
 BENCH := $(BENCH_ENV)/bin/python -m experiments.benchmark
 
+# Above the size of a program's temporaries, so that glibc keeps them.
+KEPT := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
+
 bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and PyTorch
-	$(BENCH) --output=$(MEASURED).json
-	$(BENCH) --few --rounds=21 --steps=1 --output=$(MEASURED)_closely.json
+	$(BENCH) --rounds=7 --output=$(MEASURED).json
+	$(BENCH) --few --rounds=41 --steps=1 --output=$(MEASURED)_closely.json
 	$(BENCH) --parts=sweeps --rounds=7 --output=$(MEASURED)_sweeps.json
 	$(BENCH) --parts=runs --windows=3 --output=$(MEASURED)_runs.json
 ifeq ($(ACCELERATOR),)
 	$(BENCH) --problems=transformer --notorch --output=$(MEASURED)_transformer.json
 	GLIBC_TUNABLES= $(BENCH) --few --steps=1 --output=$(MEASURED)_small_pages.json
+	GLIBC_TUNABLES=$(KEPT) $(BENCH) --few --rounds=41 --steps=1 --problems=mlp \
+	  --output=$(MEASURED)_kept_memory.json
 else ifneq ($(filter cuda%,$(ACCELERATOR)),)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_enable_command_buffer=" \
 	  $(BENCH) --notorch --output=$(MEASURED)_without_graphs.json
@@ -110,7 +124,7 @@ OPTIONS ?=
 PAPER := $(PAPER_ENV)/bin
 
 # Goes on where it was when it is started again, whatever ended it.
-paper: $(PAPER_ENV)/.ready ## CIFAR-100 on an accelerator: tuning, six methods, Figures 1 and 2
+paper: $(PAPER_ENV)/.ready ## CIFAR-100 on an accelerator: tuning, seven methods, Figures 1 and 2
 	for model in $(MODELS); do \
 	  work=$(RUNS)/$$model; \
 	  common="--config=$(CONFIG) --config.model=$$model $(OPTIONS)"; \

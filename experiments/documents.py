@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import controllers_report, flatness_report, noise, results, tables
-from experiments.benchmark import report
+from experiments.benchmark import report, variants
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -75,6 +75,20 @@ def _pages() -> str:
         f' other: medians (quartiles) over {small["rounds"]} and {huge["rounds"]}'
         f' rounds; {_device(small)}, {_versions(small)}. Commands:'
         f' {_commands(small, huge)}.\n'
+    )
+
+
+def _kept_memory() -> str:
+    content = _load('benchmark/cpu_kept_memory.json')
+    steps = content['problems']['mlp']['steps']
+    cost = lambda name, to: tables.quartiles(steps[name][to])
+    return (
+        'There a sampled step of vSAM costs'
+        f' {cost(variants.SAMPLED, "times_optax_sam")} × optax.contrib.sam, SAM that'
+        f' stores the PSF {cost(variants.STORING, "times_optax_sam")} ×, a traced reuse'
+        f' step {cost(variants.TRACED_REUSE, "times_base")} × SGD: medians (quartiles)'
+        f' over {content["rounds"]} rounds; {_device(content)}, {_versions(content)}.'
+        f' Command: {_commands(content)}.\n'
     )
 
 
@@ -163,6 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'costs': _costs,
     'benchmark': _benchmark,
     'pages': _pages,
+    'kept_memory': _kept_memory,
     'whole_runs': _whole_runs,
     'lsq_images': lambda: _comparison('cifar100_small_lsq/4'),
     'controllers': _controllers,

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.text
 import numpy as np
 from matplotlib import ticker
 
@@ -47,6 +48,13 @@ SETTINGS: Any = {
 }
 
 
+def style_of(method: str) -> tuple[str, str, str]:
+    """Colour, marker and line of a method, by its name in a configuration."""
+    # The same colour for the same method with other settings.
+    base = method.split('_steps')[0]
+    return *STYLES.get(base, OTHER), '-' if base == method else ':'
+
+
 def new_figure(
     width: float, height: float, rows: int = 1, columns: int = 1
 ) -> tuple[matplotlib.figure.Figure, Any]:
@@ -67,7 +75,8 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
         figure, axes = new_figure(6.8, 4.2)
         labels = []
         for name, method in summary['methods'].items():
-            color, marker = STYLES.get(name, OTHER)
+            color, marker, line = style_of(name)
+            fill = color if line == '-' else 'white'
             cost, accuracy = method['relative_time'], method['test_accuracy']
             x, y = cost['median'], 100 * accuracy['mean']
             axes.plot(
@@ -87,6 +96,7 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
                 color=color,
                 marker=marker,
                 markersize=9,
+                markerfacecolor=fill,
                 capsize=3,
                 elinewidth=1.4,
             )
@@ -116,33 +126,44 @@ def _label_beside(figure: matplotlib.figure.Figure, axes: Any, labels: Any) -> N
         labels: text, place and color of each.
     """
     figure.draw_without_rendering()  # Places are known only then.
-    taken = [
+    marks = [
         artist.get_window_extent()
         for artist in (*axes.lines, *axes.collections)
         if artist.get_visible()
     ]
     inside = axes.get_window_extent()
+    written = []
+    corners = [(1, -1), (1, 1), (-1, -1), (-1, 1)]
+    offsets = [(9 * n * x, 9 * n * y) for n in (1, 3) for x, y in corners]
     for text, place, color in labels:
         drawn = []
-        for right, up in ((1, -1), (1, 1), (-1, -1), (-1, 1)):
+        for right, up in offsets:
             label = axes.annotate(
                 text,
                 place,
-                xytext=(9 * right, 9 * up),
+                xytext=(right, up),
                 textcoords='offset points',
                 ha='left' if right > 0 else 'right',
                 va='bottom' if up > 0 else 'top',
                 color=color,
                 fontweight='bold',
+                # Back to its mark, where it stands far from it.
+                arrowprops={'arrowstyle': '-', 'color': color, 'lw': 0.6}
+                if abs(up) > 9
+                else None,
             )
-            drawn.append((label, label.get_window_extent()))
+            label.get_window_extent()  # Puts it in its place; holds the line, too.
+            text_alone = matplotlib.text.Text.get_window_extent(label)
+            drawn.append((label, text_alone.padded(2)))
+        # Under another label or outside nothing can be read.
         covered = [
-            sum(_overlap(box, other) for other in taken)
-            + (box.width * box.height - _overlap(box, inside))
+            sum(_overlap(box, other) for other in marks)
+            + 10 * sum(_overlap(box, other) for other in written)
+            + 10 * (box.width * box.height - _overlap(box, inside))
             for _, box in drawn
         ]
         best = int(np.argmin(covered))
-        taken.append(drawn.pop(best)[1])
+        written.append(drawn.pop(best)[1])
         for label, _ in drawn:
             label.remove()
 
@@ -173,20 +194,24 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
     with matplotlib.rc_context(SETTINGS):
         figure, panels = new_figure(8.4, 6.0, 2, 2)
         for axes, (quantity, title) in zip(panels.flat, titles.items(), strict=True):
-            for label, color, x, y in _curves(summary, quantity):
+            for label, color, line, x, y in _curves(summary, quantity):
                 if quantity in ('test_accuracy', 'sampled'):
                     y = 100 * y
-                band(axes, x, y, color, label)
+                band(axes, x, y, color, label, linestyle=line)
             axes.set_title(title, loc='left')
             axes.set_xlabel('epoch')
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         panels[0, 1].set_ylim(-4, 104)
         for axes in panels[1]:
             # The two norms on one scale, so that they can be compared.
             axes.set_ylim(0, max(each.get_ylim()[1] for each in panels[1]))
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
+        columns = min(4, len(labels))
+        figure.legend(handles, labels, loc='outside lower center', ncols=columns)
+        network = summary['config']['model']
         figure.suptitle(
-            f'{summary["name"]}: mean over seeds, band from lowest to highest',
+            f'{summary["name"]}, {_NETWORKS.get(network, network)}:'
+            f' {_spread([summary])}',
             x=0.01,
             ha='left',
             fontsize=11,
@@ -204,49 +229,40 @@ def accuracy_against_speed(
             each; a line has one mark for each of them.
         path: the PNG to write.
     """
-    networks = [summary['config']['model'] for summary in summaries]
+    # Methods have colours here, and networks markers.
+    markers = dict(
+        zip((each['config']['model'] for each in summaries), 'osD^vP', strict=False)
+    )
     names = dict.fromkeys(name for each in summaries for name in each['methods'])
     with matplotlib.rc_context(SETTINGS):
         figure, axes = new_figure(7.6, 4.6)
         for name in names:
-            color, marker = STYLES.get(name, OTHER)
-            rows = [each['methods'].get(name) for each in summaries]
-            rows = [row for row in rows if row]
-            speed = np.asarray(
-                [
-                    [row['images_per_second'][key] for row in rows]
-                    for key in ('median', 'low', 'high')
-                ]
-            )
+            color, _, line = style_of(name)
+            known = [each for each in summaries if name in each['methods']]
+            rows = [each['methods'][name] for each in known]
             accuracy = [100 * row['test_accuracy']['mean'] for row in rows]
-            axes.errorbar(
-                speed[0],
-                accuracy,
-                xerr=[speed[0] - speed[1], speed[2] - speed[0]],
-                yerr=[100 * (row['test_accuracy']['sd'] or 0) for row in rows],
-                color=color,
-                marker=marker,
-                markersize=7,
-                capsize=2,
-                elinewidth=1.0,
-                label=rows[0]['title'],
-            )
-        for summary, network in zip(summaries, networks, strict=True):
-            rows = summary['methods'].values()
-            # Below the lowest mark of the network.
-            low = min(rows, key=lambda row: row['test_accuracy']['mean'])
-            down = low['test_accuracy']['mean'] - (low['test_accuracy']['sd'] or 0)
-            axes.annotate(
-                _NETWORKS.get(network, network),
-                (low['images_per_second']['median'], 100 * down),
-                xytext=(0, -8),
-                textcoords='offset points',
-                ha='center',
-                va='top',
-            )
+            speed = [row['images_per_second']['median'] for row in rows]
+            axes.plot(speed, accuracy, color=color, linestyle=line)
+            for each, row, x, y in zip(known, rows, speed, accuracy, strict=True):
+                spread = row['images_per_second']
+                axes.errorbar(
+                    x,
+                    y,
+                    xerr=[[x - spread['low']], [spread['high'] - x]],
+                    yerr=100 * (row['test_accuracy']['sd'] or 0),
+                    color=color,
+                    marker=markers[each['config']['model']],
+                    markersize=7,
+                    capsize=2,
+                    elinewidth=1.0,
+                )
+            axes.plot([], [], color=color, linestyle=line, label=rows[0]['title'])
+        for network, marker in markers.items():
+            title = _NETWORKS.get(network, network)
+            axes.plot([], [], marker, color=_INK, markersize=7, label=title)
         axes.set_xscale('log')
         _plain_numbers(axes.xaxis)
-        axes.margins(x=0.1, y=0.18)
+        axes.margins(x=0.1, y=0.1)
         axes.set_xlabel('training speed, images/s')
         axes.set_ylabel('test accuracy, %')
         axes.legend(loc='center left', bbox_to_anchor=(1, 0.5))
@@ -280,16 +296,14 @@ def accuracy_against_bits(
         for place, name in enumerate(names):
             known = [i for i, each in enumerate(ordered) if name in each['methods']]
             rows = [ordered[i]['methods'][name] for i in known]
-            # The same colour for the same method with other settings.
-            base = name.split('_steps')[0]
-            color, marker = STYLES.get(base, OTHER)
+            color, marker, line = style_of(name)
             axes.errorbar(
                 np.asarray(known) + 0.06 * (place - (len(names) - 1) / 2),
                 [100 * row['test_accuracy']['mean'] for row in rows],
                 yerr=[100 * (row['test_accuracy']['sd'] or 0) for row in rows],
                 color=color,
                 marker=marker,
-                linestyle='-' if base == name else ':',
+                linestyle=line,
                 capsize=2,
                 elinewidth=1.0,
                 label=rows[0]['title'],
@@ -335,10 +349,11 @@ def norms(summaries: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         panels = np.reshape(panels, (len(titles), columns))
         for summary, column in zip(summaries, panels.T, strict=True):
             for (quantity, title), axes in zip(titles.items(), column, strict=True):
-                for label, color, x, y in _curves(summary, quantity):
+                for label, color, line, x, y in _curves(summary, quantity):
                     y = 100 * y if quantity == 'psf_norm_change' else y
-                    band(axes, x, y, color, label)
+                    band(axes, x, y, color, label, linestyle=line)
                 axes.set_ylim(bottom=0)
+                axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
                 if axes in panels[:, 0]:
                     axes.set_ylabel(title)
             network = summary['config']['model']
@@ -347,8 +362,7 @@ def norms(summaries: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside right upper')
         figure.suptitle(
-            f'{_titles(summaries)}: mean over {_seeds(summaries)}, band from lowest to'
-            ' highest',
+            f'{_titles(summaries)}: {_spread(summaries)}',
             x=0.01,
             ha='left',
             fontsize=11,
@@ -384,6 +398,14 @@ def _seeds(summaries: Sequence[dict[str, Any]]) -> str:
     return f'{text} seed' if counts == {1} else f'{text} seeds'
 
 
+def _spread(summaries: Sequence[dict[str, Any]]) -> str:
+    """What lines and bands are."""
+    seeds = _seeds(summaries)
+    if seeds == '1 seed':
+        return seeds
+    return f'mean over {seeds}, band from lowest to highest'
+
+
 def _plain_numbers(axis: Any) -> None:
     """Few round numbers, written out, on a logarithmic axis."""
     axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -393,8 +415,8 @@ def _plain_numbers(axis: Any) -> None:
 
 def _curves(
     summary: dict[str, Any], quantity: str
-) -> Iterator[tuple[str, str, np.ndarray, np.ndarray]]:
-    """Title, colour, epochs and [seeds, epochs] values, for each method."""
+) -> Iterator[tuple[str, str, str, np.ndarray, np.ndarray]]:
+    """Title, colour, line, epochs and [seeds, epochs] values, for each method."""
     for name, method in summary['methods'].items():
         logs = [[entry for entry in log if quantity in entry] for log in method['logs']]
         x = np.asarray([entry['epoch'] for entry in logs[0]])
@@ -403,7 +425,8 @@ def _curves(
         if quantity == 'sampled':
             # Without a plan: SGD and SAF take no second gradient, ESAM always one.
             y = np.where(np.isfinite(y), y, method['sampling_rate']['mean'])
-        yield method['title'], STYLES.get(name, OTHER)[0], x, y
+        color, _, line = style_of(name)
+        yield method['title'], color, line, x, y
 
 
 def band(

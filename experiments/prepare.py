@@ -1,9 +1,9 @@
 """Downloads a data set of TensorFlow Datasets, once; the other programs read it.
 
-    pip install 'vsam-jax[prepare]'
+    pip install '.[prepare]'
     python -m experiments.prepare --dataset=cifar100 --data_dir=DIRECTORY
 
-Reading needs no TensorFlow, only ``pip install 'vsam-jax[data]'``.
+Reading needs no TensorFlow, only ``pip install '.[data]'``.
 """
 
 import sys

@@ -303,7 +303,7 @@ def prepare(dataset: str, data_dir: str | os.PathLike | None = None) -> pathlib.
     if importlib.util.find_spec('tensorflow') is None:
         raise DataError(
             f'Preparing {dataset} needs TensorFlow, reading it afterwards does not:'
-            " pip install 'vsam-jax[prepare]' and call this again."
+            " pip install '.[prepare]' and call this again."
         )
     try:
         builder = tfds.builder(dataset, data_dir=root, file_format='array_record')
@@ -324,14 +324,14 @@ def _import_tfds(dataset: str, root: pathlib.Path) -> Any:
     except ImportError as error:
         raise DataError(
             f'Reading {dataset} from {root} needs tensorflow-datasets and array_record'
-            f" ({error}): pip install 'vsam-jax[data]'"
+            f" ({error}): pip install '.[data]'"
         ) from error
     return tfds
 
 
 def _prepare_command(dataset: str, root: object) -> str:
     return (
-        "pip install 'vsam-jax[prepare]' && python -m experiments.prepare"
+        "pip install '.[prepare]' && python -m experiments.prepare"
         f' --dataset={dataset} --data_dir={root}'
     )
 

@@ -235,9 +235,8 @@ def figure(content: Content, path: pathlib.Path) -> None:
     sweeps = content['sweeps']
     with matplotlib.rc_context(plots.SETTINGS):
         drawn, axes = plots.new_figure(4.4 * len(sweeps), 4.2, columns=len(sweeps))
-        for panel, (name, points) in zip(
-            axes if len(sweeps) > 1 else [axes], sweeps.items(), strict=True
-        ):
+        panels = axes if len(sweeps) > 1 else [axes]
+        for panel, (name, points) in zip(panels, sweeps.items(), strict=True):
             for title, (color, marker) in _STYLES.items():
                 there = [point for point in points if title in point['steps']]
                 if not there:
@@ -261,10 +260,12 @@ def figure(content: Content, path: pathlib.Path) -> None:
                 )
             panel.axhline(1, color='#555555', lw=1)
             panel.set_xscale('log')
-            panel.set_ylim(bottom=0)
             panel.set_xlabel(_AXES[name])
             panel.yaxis.set_major_formatter(ticker.FormatStrFormatter('%.1f×'))
-        first = axes[0] if len(sweeps) > 1 else axes
+        first = panels[0]
+        for panel in panels:
+            # One scale, so that they can be compared.
+            panel.set_ylim(0, max(each.dataLim.y1 for each in panels) * 1.05)
         first.set_ylabel('time per step, as a multiple of SGD')
         first.set_title('MLP: cost of a step (median, quartiles)', loc='left')
         first.legend(fontsize=8)

@@ -122,6 +122,7 @@ PERIOD = len(_ONE_IN_FIVE)
 
 BASE = 'base'
 OPTAX_SAM = 'optax.contrib.sam'
+STORING = 'SAM that stores the PSF'
 SAMPLED = 'vSAM planned, sampled step'
 REUSE = 'vSAM planned, reuse step'
 TRACED_SAMPLED = 'vSAM traced, sampled step'
@@ -132,7 +133,7 @@ VARIANTS: dict[str, Variant] = {
     BASE: Variant('base', ('none',)),
     OPTAX_SAM: Variant('optax opaque', ('none',)),
     'optax.contrib.sam, transparent': Variant('optax transparent', ('none', 'none')),
-    'SAM that stores the PSF': Variant('storing', ('none',)),
+    STORING: Variant('storing', ('none',)),
     SAMPLED: Variant('vsam', ('sampled',)),
     REUSE: Variant('vsam', ('reuse',)),
     f'vSAM planned, one step in {PERIOD} sampled': Variant(

@@ -104,7 +104,7 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
 
     config.compare = {
         # Costs are relative to the first.
-        'methods': ('sgd', 'sam', 'looksam', 'esam', 'saf', 'vsam'),
+        'methods': ('sgd', 'sam', 'looksam', 'esam', 'saf', 'vsam', 'steady_vsam'),
         'seeds': (0, 1, 2),
         'timing_rounds': 30,
         'timing_steps': 20,
@@ -120,7 +120,7 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
             ('sgd', 'optimizer.learning_rate', (0.025, 0.05, 0.1), {}),
             *(
                 (method, f'methods.{method}.rho', rhos, {})
-                for method in ('sam', 'looksam', 'esam', 'vsam')
+                for method in ('sam', 'looksam', 'esam', 'vsam', 'steady_vsam')
             ),
             ('saf', 'methods.saf.weight', (0.1, 0.3, 1.0), {}),
         ),

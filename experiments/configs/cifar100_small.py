@@ -56,7 +56,6 @@ def get_config(regime: str = 'noisy') -> ml_collections.ConfigDict:
         config[key] = 2 if noisy else 1
     config.checkpoint_every = 10 if noisy else 1
 
-    config.compare.methods += ('steady_vsam',)
     for name in config.compare.methods:
         config.methods[name].optimizer = {'learning_rate': 0.1}
     vsam = config.methods.vsam

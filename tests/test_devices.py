@@ -371,7 +371,9 @@ class Network(nn.Module):
         return nn.Dense(3, **options)(x)
 
 
-def flax_run(axis_name: str | None, tx: Any, **options: Any) -> Any:
+def flax_run(
+    axis_name: str | None, tx: Any, num_micro_batches: int = 1, **options: Any
+) -> Any:
     """Ten steps of the step builder, on one device or under shard_map."""
     network = Network(axis_name)
 
@@ -381,7 +383,9 @@ def flax_run(axis_name: str | None, tx: Any, **options: Any) -> Any:
         out, updated = network.apply(variables, x, mutable=['batch_stats'])
         return jnp.mean((out - y) ** 2), (updated['batch_stats'], out)
 
-    step = vsam_jax.make_train_step(loss, axis_name=axis_name)
+    step = vsam_jax.make_train_step(
+        loss, num_micro_batches=num_micro_batches, axis_name=axis_name
+    )
     if axis_name is not None:
         mesh = jax.make_mesh((8,), (axis_name,), axis_types=(AxisType.Auto,))
         specs = P(), P(axis_name)
@@ -404,6 +408,20 @@ def test_the_flax_step_over_devices_is_that_of_one_device():
     fields = lambda run: (run[0].params, run[0].batch_stats, run[0].opt_state)
     # The loss scale of flax brings gradients to float32.
     assert_same_run((fields(run), run[1]), (fields(reference), reference[1]), 1e-6)
+
+
+@pytest.mark.usefixtures('x64')
+def test_micro_batches_and_batchnorm_over_devices():
+    tx = optimizer('vsam', axis_name='data')
+    run, _ = flax_run('data', tx, num_micro_batches=2)
+    for leaf in jax.tree.leaves((run.params, run.batch_stats)):
+        shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert all((shard == shards[0]).all() for shard in shards)
+        assert np.isfinite(shards[0]).all()
+    # Running statistics went through both parts of all ten mini-batches.
+    mean = run.batch_stats['BatchNorm_0']['mean']
+    whole = flax_run(None, optimizer('vsam'))[0].batch_stats['BatchNorm_0']['mean']
+    np.testing.assert_allclose(mean, whole, atol=0.2)
 
 
 @pytest.mark.usefixtures('x64')

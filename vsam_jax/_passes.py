@@ -73,7 +73,7 @@ def two_passes(
     grads, (new_collections, aux) = gradient(params, collections, batch, key)
     return Passes(
         grads=grads,
-        collections=new_collections,
+        collections=_in_dtypes_of(collections, new_collections),
         aux=aux,
         grad_fn=lambda p: gradient(p, collections, batch, key)[0],
     )
@@ -140,7 +140,8 @@ def _accumulated(
             total, collections = carry
             index, batch = micro_batch
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            grads, (collections, aux) = gradient(params, collections, batch, micro_key)
+            grads, (new, aux) = gradient(params, collections, batch, micro_key)
+            collections = _in_dtypes_of(collections, new)
             total = jax.tree.map(lambda t, g: t + _numerics.widen(g), total, grads)
             return (total, collections), aux
 
@@ -155,3 +156,18 @@ def _accumulated(
         return jax.tree.map(cast, mean, params), (collections, aux)
 
     return accumulated
+
+
+def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
+    """The new collections in the dtypes of the old ones, so that a state keeps its.
+
+    Flax's BatchNorm starts in float32, whatever dtype it goes on in.
+    """
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        return new  # Something was added.
+
+    def cast(o: Any, n: jax.Array) -> jax.Array:
+        dtype = getattr(o, 'dtype', n.dtype)
+        return n if n.dtype == dtype else n.astype(dtype)
+
+    return jax.tree.map(cast, old, new)

@@ -57,6 +57,9 @@ def _benchmark() -> str:
     )
 
 
+_RUNS = ('runs', 'runs_convolutions')
+
+
 def _costs() -> str:
     content = _load('benchmark/cpu_closely.json')
     header, rows = report.overview([content])
@@ -93,12 +96,15 @@ def _kept_memory() -> str:
 
 
 def _whole_runs() -> str:
-    content = _load('benchmark/cpu_runs.json')
+    # Of the first network over more windows: its steps vary most.
+    contents = [_load(f'benchmark/cpu_{name}.json') for name in _RUNS]
+    runs = {k: v for content in contents for k, v in content['whole_runs'].items()}
+    content = contents[0]
     return (
-        f'{tables.markdown(*report.of_runs(content["whole_runs"]))}\nThe parts cost'
+        f'{tables.markdown(*report.of_runs(runs))}\nThe parts cost'
         ' (1 + p (T_sampled / T_base − 1)) T_base a step, p the share of sampled steps.'
         f' Median (quartiles) over chunks of the run; {_device(content)},'
-        f' {_versions(content)}. Command: {_commands(content)}.\n'
+        f' {_versions(content)}. Commands: {_commands(*contents)}.\n'
     )
 
 

@@ -178,7 +178,7 @@ def test_without_the_packages_the_command_that_installs_them(
 ):
     monkeypatch.setitem(sys.modules, package, None)
     message = refusal('tiny_images', 'train', data_dir=data_dir)
-    assert "pip install 'vsam-jax[data]'" in message
+    assert "pip install '.[data]'" in message
 
 
 def test_the_extras_that_messages_name_exist():
@@ -193,7 +193,7 @@ def test_a_data_set_that_is_not_prepared_comes_with_the_command_that_does(
 ):
     message = refusal(dataset, 'train', data_dir=tmp_path)
     assert f'{tmp_path / dataset}' in message
-    assert "pip install 'vsam-jax[prepare]'" in message
+    assert "pip install '.[prepare]'" in message
     command = f'python -m experiments.prepare --dataset={dataset} --data_dir={tmp_path}'
     assert command in message
     assert not list(tmp_path.iterdir())
@@ -214,7 +214,7 @@ def test_preparing_without_tensorflow_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorflow', None)
     with pytest.raises(tfds_data.DataError) as caught:
         tfds_data.prepare('cifar10', tmp_path)
-    assert "pip install 'vsam-jax[prepare]'" in str(caught.value)
+    assert "pip install '.[prepare]'" in str(caught.value)
 
 
 def test_preparing_without_a_network_says_so(tmp_path, monkeypatch):

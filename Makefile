@@ -110,6 +110,8 @@ ifeq ($(ACCELERATOR),)
 	GLIBC_TUNABLES= $(BENCH) --few --steps=1 --output=$(MEASURED)_small_pages.json
 	GLIBC_TUNABLES=$(KEPT) $(BENCH) --few --rounds=41 --steps=1 --problems=mlp \
 	  --output=$(MEASURED)_kept_memory.json
+	GLIBC_TUNABLES=$(KEPT) $(BENCH) --parts=sweeps --rounds=7 \
+	  --output=$(MEASURED)_sweeps_kept_memory.json
 else ifneq ($(filter cuda%,$(ACCELERATOR)),)
 	XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_enable_command_buffer=" \
 	  $(BENCH) --notorch --output=$(MEASURED)_without_graphs.json

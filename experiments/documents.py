@@ -95,6 +95,33 @@ def _kept_memory() -> str:
     )
 
 
+def _large() -> str:
+    contents = [_load(f'benchmark/cpu_sweeps{kind}.json') for kind in _SWEEPS]
+    largest = [content['sweeps']['parameters'][-1] for content in contents]
+    names = (
+        variants.OPTAX_SAM,
+        variants.STORING,
+        variants.SAMPLED,
+        variants.REUSE,
+    )
+    header = ['Step', '× SGD', 'with memory kept']
+    rows = [
+        [name, *(tables.quartiles(x['steps'][name]['times_base']) for x in largest)]
+        for name in names
+    ]
+    return (
+        f'{tables.markdown(header, rows)}\nThe MLP of'
+        f' {largest[0]["parameters"]:,} parameters, batch'
+        f' {largest[0]["batch_size"]}: medians (quartiles) over'
+        f' {contents[0]["rounds"]} rounds; {_device(contents[0])},'
+        f' {_versions(contents[0])}. Commands: {_commands(*contents)}.\n'
+    )
+
+
+# With huge pages, and with memory that glibc is told to keep.
+_SWEEPS = ('', '_kept_memory')
+
+
 def _whole_runs() -> str:
     # Of the first network over more windows: its steps vary most.
     contents = [_load(f'benchmark/cpu_{name}.json') for name in _RUNS]
@@ -184,6 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'benchmark': _benchmark,
     'pages': _pages,
     'kept_memory': _kept_memory,
+    'large': _large,
     'whole_runs': _whole_runs,
     'lsq_images': lambda: _comparison('cifar100_small_lsq/4'),
     'controllers': _controllers,

@@ -21,8 +21,8 @@ INFO, FEATURES = 'dataset_info.json', 'features.json'
 LABELS = 'label.labels.txt'
 SHARD = 'tiny_images-train.array_record-00000-of-00001'
 
-tfds = pytest.importorskip('tensorflow_datasets', reason="needs 'vsam-jax[data]'")
-pytest.importorskip('array_record', reason="needs 'vsam-jax[data]'")
+tfds = pytest.importorskip('tensorflow_datasets', reason="needs '.[data]'")
+pytest.importorskip('array_record', reason="needs '.[data]'")
 
 
 @pytest.fixture
@@ -383,7 +383,7 @@ def test_a_file_is_the_old_one_until_the_new_one_is_complete(tmp_path):
 
 @pytest.mark.slow
 def test_the_fixture_can_be_made_anew(tmp_path, cache_dir):
-    pytest.importorskip('tensorflow', reason="needs 'vsam-jax[prepare]'")
+    pytest.importorskip('tensorflow', reason="needs '.[prepare]'")
     subprocess.run(
         [sys.executable, FIXTURES / 'make_tiny_images.py', tmp_path / 'tfds'],
         check=True,

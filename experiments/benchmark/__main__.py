@@ -151,10 +151,11 @@ def main(arguments: Sequence[str]) -> None:
     output = pathlib.Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     screen = console.Console()
-    wants_torch = options.torch and not options.few
+    # PyTorch is not even imported where only JAX is timed.
+    wants_torch = options.torch and not options.few and 'steps' in options.parts
     missing = why_no_torch() if wants_torch else None
     with_torch = wants_torch and missing is None
-    if missing and 'steps' in options.parts:
+    if missing:
         screen.print(f'PyTorch peers are left out: {missing}')
     with progress.Progress(console=screen) as bars:
         benchmark = _Benchmark(output, screen, bars, options.rounds)

@@ -26,7 +26,7 @@ def _comparison(folder: str) -> str:
     summary = _load(f'{folder}/compare.json')
     timed = {
         'command': summary['command'],
-        'variables': summary['timing'].get('variables', {}),
+        'variables': summary['timing']['variables'],
     }
     seeds = len(summary['methods'][summary['baseline']]['seeds'])
     # Results from before there were differences have none.
@@ -55,9 +55,6 @@ def _benchmark() -> str:
         f' {default["rounds"]} for the rest; {_device(default)},'
         f' {_versions(default)}. Commands: {_commands(*contents)}.\n'
     )
-
-
-_RUNS = ('runs', 'runs_convolutions')
 
 
 def _costs() -> str:
@@ -96,9 +93,10 @@ def _kept_memory() -> str:
 
 
 def _large() -> str:
-    contents = [_load(f'benchmark/cpu_sweeps{kind}.json') for kind in _SWEEPS]
+    names = ('sweeps', 'sweeps_kept_memory')
+    contents = [_load(f'benchmark/cpu_{name}.json') for name in names]
     largest = [content['sweeps']['parameters'][-1] for content in contents]
-    names = (
+    shown = (
         variants.OPTAX_SAM,
         variants.STORING,
         variants.SAMPLED,
@@ -107,7 +105,7 @@ def _large() -> str:
     header = ['Step', '× SGD', 'with memory kept']
     rows = [
         [name, *(tables.quartiles(x['steps'][name]['times_base']) for x in largest)]
-        for name in names
+        for name in shown
     ]
     return (
         f'{tables.markdown(header, rows)}\nThe MLP of'
@@ -118,13 +116,10 @@ def _large() -> str:
     )
 
 
-# With huge pages, and with memory that glibc is told to keep.
-_SWEEPS = ('', '_kept_memory')
-
-
 def _whole_runs() -> str:
     # Of the first network over more windows: its steps vary most.
-    contents = [_load(f'benchmark/cpu_{name}.json') for name in _RUNS]
+    names = ('runs', 'runs_convolutions')
+    contents = [_load(f'benchmark/cpu_{name}.json') for name in names]
     runs = {k: v for content in contents for k, v in content['whole_runs'].items()}
     content = contents[0]
     return (

@@ -166,6 +166,7 @@ def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
     if jax.tree.structure(old) != jax.tree.structure(new):
         return new  # Something was added.
 
+    # Unlike optax.tree.cast_like, which random keys among them would refuse.
     def cast(o: Any, n: jax.Array) -> jax.Array:
         dtype = getattr(o, 'dtype', n.dtype)
         return n if n.dtype == dtype else n.astype(dtype)

@@ -69,6 +69,7 @@ def make_nnx_train_step(
     def train_step(
         model: Any, optimizer: nnx.Optimizer, batch: Any, *, sample: Any = None
     ) -> Any:
+        _passes.check_accumulation(optimizer.tx, nnx.as_pure(optimizer.opt_state))
         graphdef, params, others = nnx.split(model, optimizer.wrt, ...)
 
         def pure_loss(
@@ -93,7 +94,6 @@ def make_nnx_train_step(
         grads = jax.tree.unflatten(
             jax.tree.structure(params), jax.tree.leaves(passes.grads)
         )
-        _passes.check_accumulation(optimizer.tx, nnx.as_pure(optimizer.opt_state))
         extra = {'grad_fn': passes.grad_fn, 'sample': sample}
         optimizer.update(model, grads, **_passes.extra_args(optimizer.tx, **extra))
         return passes.aux

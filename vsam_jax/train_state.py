@@ -103,29 +103,27 @@ class TrainState(flax_train_state.TrainState):
         Returns:
             The state of the next step.
         """
-        whole = self.params
-        overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
-        params = whole['params'] if overwrites else whole
-
-        def second_gradient(params: PyTree) -> PyTree:
-            assert grad_fn is not None
-            return grad_fn({**whole, 'params': params})['params']
-
-        updates, opt_state = self.tx.update(
-            grads['params'] if overwrites else grads,
-            self.opt_state,
-            params,
-            **_passes.extra_args(
-                self.tx,
-                grad_fn=second_gradient if overwrites and grad_fn else grad_fn,
+        if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
+            whole = self.params
+            trained = self.replace(params=whole['params']).apply_gradients(
+                grads=grads['params'],
+                grad_fn=grad_fn
+                and (lambda p: grad_fn({**whole, 'params': p})['params']),
                 sample=sample,
-            ),
+                **kwargs,
+            )
+            return trained.replace(params={**grads, 'params': trained.params})
+        updates, opt_state = self.tx.update(
+            grads,
+            self.opt_state,
+            self.params,
+            **_passes.extra_args(self.tx, grad_fn=grad_fn, sample=sample),
         )
-        params = optax.apply_updates(params, updates)
-        if overwrites:
-            params = {**grads, 'params': params}
         return self.replace(
-            step=self.step + 1, params=params, opt_state=opt_state, **kwargs
+            step=self.step + 1,
+            params=optax.apply_updates(self.params, updates),
+            opt_state=opt_state,
+            **kwargs,
         )
 
 
@@ -162,10 +160,9 @@ def make_train_step(
             (``jax.shard_map``, ``jax.pmap``) and the method was given the same
             ``axis_name``. For an optimizer without a method of this package
             gradients are averaged here. Each device has a dropout mask of its own,
-            ``batch_stats``
-            are averaged, and ``aux`` is that of the device's share of the
-            mini-batch. BatchNorm normalizes with the share's statistics unless the
-            model gives it the axis. None where ``jax.jit`` sees all devices.
+            ``batch_stats`` are averaged, and ``aux`` is that of the device's share of
+            the mini-batch. BatchNorm normalizes with the share's statistics unless
+            the model gives it the axis. None where ``jax.jit`` sees all devices.
 
     Returns:
         ``train_step(state, batch, *, sample=None) -> (state, aux)``, pure and not
@@ -214,6 +211,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Any, *, sample: Any = None
     ) -> tuple[TrainState, Any]:
+        _passes.check_accumulation(state.tx, state.opt_state)
         key = state.dropout_key
         if key is not None:
             key = jax.random.fold_in(key, state.step)
@@ -228,7 +226,6 @@ def make_train_step(
             num_micro_batches=num_micro_batches,
             dynamic_scale=state.dynamic_scale,
         )
-        _passes.check_accumulation(state.tx, state.opt_state)
         # The methods of this package average for themselves, others know no devices.
         plain = not states_in(state.opt_state)
         new_state = state.apply_gradients(

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 import vsam_jax
+from vsam_jax import convolutions
 from vsam_jax.train_state import LossFn
 
 PyTree = Any
@@ -67,7 +68,7 @@ class ESAM:
             chosen examples; the running statistics and ``aux`` are those of the
             first pass. Every step is the same program, whatever ``sample`` is.
         """
-        gradient = jax.grad(loss_fn, has_aux=True)
+        gradient = convolutions.canonical(jax.grad(loss_fn, has_aux=True))
 
         def train_step(
             state: vsam_jax.TrainState, batch: PyTree, *, sample: Any = None

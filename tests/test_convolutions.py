@@ -81,6 +81,68 @@ def test_values_and_gradients_stay_and_dimensions_are_in_the_fast_order(name):
     assert found == 3 * [f'[{space}]x[{kernel}]->[{space}]']
 
 
+def in_portions(monkeypatch, num_bytes):
+    monkeypatch.setattr(convolutions, '_cache', lambda: num_bytes)
+
+
+@pytest.mark.parametrize('name', CONVOLUTIONS)
+def test_values_and_gradients_stay_in_portions(name, monkeypatch):
+    function, args = gradient(name)
+    with jax.enable_x64(True):
+        expected = function(args)
+        # So little that there is one example a portion, where there are portions.
+        in_portions(monkeypatch, 1)
+        chex.assert_trees_all_close(
+            convolutions.canonical(function)(args), expected, rtol=1e-12
+        )
+
+
+@pytest.mark.parametrize(
+    ('portion', 'number'),
+    # The forward pass, and the gradient of the kernel: whole; or its first portion,
+    # the one in the loop, and what is left of seven examples.
+    [(1, 3), (3, 4), (4, 2), (7, 2)],
+)
+def test_gradients_of_kernels_are_summed_in_portions(portion, number, monkeypatch):
+    rng = np.random.default_rng(0)
+    inputs, kernel = rng.normal(size=(7, 4, 16, 16)), rng.normal(size=(4, 4, 3, 3))
+    loss = lambda kernel: jnp.sum(lax.conv(inputs, kernel, (1, 1), 'SAME') ** 3)
+    plain = jax.grad(loss)
+    # Of the outputs' gradients as many bytes are read as of the inputs.
+    in_portions(monkeypatch, portion * 2 * inputs.nbytes // 7)
+    summed = convolutions.canonical(plain)
+    curvature = lambda f: jax.grad(lambda kernel: jnp.sum(f(kernel) ** 2))(kernel)
+    with jax.enable_x64(True):
+        program = str(jax.make_jaxpr(summed)(kernel))
+        chex.assert_trees_all_close(summed(kernel), plain(kernel), rtol=1e-9)
+        chex.assert_trees_all_close(curvature(summed), curvature(plain), rtol=1e-9)
+    assert program.count('conv_general_dilated[') == number
+
+
+def test_narrow_results_groups_and_several_devices_are_not_cut(monkeypatch):
+    inputs = jnp.ones((8, 4, 9, 9))
+
+    def number(dtype=jnp.float32, groups=1):
+        """Of convolutions in a gradient."""
+        loss = lambda kernel: jnp.sum(
+            lax.conv_general_dilated(
+                inputs.astype(dtype), kernel, (1, 1), 'SAME', feature_group_count=groups
+            )
+        )
+        gradient = convolutions.canonical(jax.grad(loss))
+        shape = (4, 4 // groups, 3, 3)
+        program = jax.make_jaxpr(gradient)(jnp.ones(shape, dtype))
+        return str(program).count('conv_general_dilated[')
+
+    assert jax.device_count() > 1
+    whole = number()
+    monkeypatch.setattr(convolutions, '_CACHE', 1)
+    assert number() == whole
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    assert number() > whole
+    assert number(jnp.bfloat16) == number(groups=2) == whole
+
+
 @jax.custom_vjp
 def flipped(x):
     return x
@@ -219,6 +281,15 @@ def test_other_backends_and_code_without_jit_are_left_alone(monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     # Another function, which jit has not seen yet.
     assert orders(lambda args: wrapped(args), args) == plain
+
+
+def test_arguments_that_are_no_arrays_stay_what_they_are():
+    def scaled(x, how, *, times):
+        return x * {'twice': 2, 'never': 0}[how] if times > 1 else x
+
+    wrapped = convolutions.canonical(scaled)
+    assert wrapped(jnp.array(3.0), 'twice', times=2) == 6
+    assert wrapped(np.array(3.0), how='never', times=2) == 0
 
 
 def test_wrapping_starts_no_backend(monkeypatch):

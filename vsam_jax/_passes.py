@@ -64,7 +64,7 @@ def two_passes(
         See :class:`Passes`; ``aux`` has a leading axis over the micro-batches where
         there are several.
     """
-    gradient = _gradient(loss_fn, dynamic_scale)
+    gradient = convolutions.canonical(_gradient(loss_fn, dynamic_scale))
     if num_micro_batches > 1:
         # A gradient that a loss scale was divided out of is float32 in flax, because
         # a narrower dtype may not hold it.
@@ -130,8 +130,6 @@ def _accumulated(
                 f' of shape {jnp.shape(x)}.'
             )
         return x.reshape(num_micro_batches, -1, *x.shape[1:])
-
-    gradient = convolutions.canonical(gradient)
 
     def accumulated(
         params: PyTree, collections: PyTree, batch: Any, key: jax.Array | None

@@ -18,6 +18,31 @@ TrainStep = Callable[..., tuple[vsam_jax.TrainState, Any]]
 
 def train_step(problem: Problem) -> TrainStep:
     """``train_step(state, batch, *, sample) -> (state, loss)`` of a network."""
+    return vsam_jax.make_train_step(_loss_of(problem))
+
+
+def train_step_by_hand(problem: Problem) -> TrainStep:
+    """The same without a builder: its convolutions are those that JAX makes."""
+    gradient = jax.grad(_loss_of(problem), has_aux=True)
+
+    def step(
+        state: vsam_jax.TrainState, batch: Any, *, sample: Any = None
+    ) -> tuple[vsam_jax.TrainState, Any]:
+        both = lambda params: gradient(params, state.batch_stats, batch, None)
+        grads, (batch_stats, loss) = both(state.params)
+        new_state = state.apply_gradients(
+            grads=grads,
+            grad_fn=lambda params: both(params)[0],
+            sample=sample,
+            batch_stats=batch_stats,
+        )
+        return new_state, loss
+
+    return step
+
+
+def _loss_of(problem: Problem) -> Any:
+    """The loss of a network, as :func:`vsam_jax.make_train_step` takes it."""
 
     def loss_fn(params: Any, batch_stats: Any, batch: Any, key: Any) -> Any:
         del key
@@ -31,7 +56,7 @@ def train_step(problem: Problem) -> TrainStep:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), (updated.get('batch_stats', {}), losses.mean())
 
-    return vsam_jax.make_train_step(loss_fn)
+    return loss_fn
 
 
 def new_state(
@@ -59,10 +84,11 @@ class Program:
     """One compiled step.
 
     Args:
-        step: ``train_step(state, batch, *, sample)``.
+        problem: the network.
         state: a state or its shapes.
         batch: a mini-batch or its shapes.
         decision: what decides the step.
+        by_hand: whether the step is made without a builder of this project.
 
     Attributes:
         executable: what runs.
@@ -75,8 +101,15 @@ class Program:
     """
 
     def __init__(
-        self, step: TrainStep, state: Any, batch: Any, decision: variants.Decision
+        self,
+        problem: Problem,
+        state: Any,
+        batch: Any,
+        decision: variants.Decision,
+        by_hand: bool = False,
     ):
+        written = train_step_by_hand(problem)
+        step = written if by_hand else train_step(problem)
         sample, self.arguments = variants.sample_of(decision)
 
         def program(state: Any, batch: Any, *traced: jax.Array) -> Any:
@@ -88,9 +121,10 @@ class Program:
         self.executable = lowered.compile()
         self.compile_seconds = time.perf_counter() - start
         self.conditionals = (self.executable.as_text() or '').count(' conditional(')
-        # A conditional would count as both of its branches.
+        # A conditional would count as both of its branches, and a loop, such as
+        # builders make of some gradients, as one round.
         counted = variants.PLANNED_TWIN.get(decision, decision)
-        self.flops = _operations(step, state, batch, counted)
+        self.flops = _operations(written, state, batch, counted)
 
 
 def _operations(
@@ -113,19 +147,23 @@ class Session:
     Args:
         problem: the network.
         tx: the optimizer.
+        by_hand: whether the step is made without a builder of this project.
     """
 
-    def __init__(self, problem: Problem, tx: optax.GradientTransformation):
+    def __init__(
+        self, problem: Problem, tx: optax.GradientTransformation, by_hand: bool = False
+    ):
         self.state = new_state(problem, tx)
         self._batch = jax.device_put(problem.batch())
-        self._step = train_step(problem)
+        self._problem = problem
+        self._by_hand = by_hand
         self._programs: dict[str, Program] = {}
 
     def program(self, decision: variants.Decision) -> Program:
         """The program of a decision, compiled when it is first asked for."""
         if decision not in self._programs:
             self._programs[decision] = Program(
-                self._step, self.state, self._batch, decision
+                self._problem, self.state, self._batch, decision, self._by_hand
             )
         return self._programs[decision]
 
@@ -186,14 +224,15 @@ def runners(
     Returns:
         A runner each; the first one is that of the base optimizer.
     """
-    sessions: dict[str, Session] = {}
+    sessions: dict[tuple[str, bool], Session] = {}
     made: dict[str, JaxRunner] = {}
     for name in names:
         variant = variants.VARIANTS[name]
-        if variant.optimizer not in sessions:
+        key = variant.optimizer, variant.by_hand
+        if key not in sessions:
             given = settings if variant.optimizer == 'vsam' else {}
             tx = variants.OPTIMIZERS[variant.optimizer](problem.base, **given)
-            sessions[variant.optimizer] = Session(problem, tx)
+            sessions[key] = Session(problem, tx, variant.by_hand)
         title = problem.base if name == variants.BASE else name
-        made[title] = JaxRunner(sessions[variant.optimizer], variant)
+        made[title] = JaxRunner(sessions[key], variant)
     return made

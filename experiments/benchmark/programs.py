@@ -35,8 +35,7 @@ def compiled(problem: Problem, title: str) -> jax_steps.Program:
     optimizer, decision, settings = PROGRAMS[title]
     tx = variants.OPTIMIZERS[optimizer](problem.base, **settings)
     state = jax_steps.abstract_state(problem, tx)
-    step = jax_steps.train_step(problem)
-    return jax_steps.Program(step, state, problem.batch(), decision)
+    return jax_steps.Program(problem, state, problem.batch(), decision)
 
 
 def memory(executable: Any) -> dict[str, int]:

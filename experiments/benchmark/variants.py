@@ -109,11 +109,13 @@ class Variant(NamedTuple):
         optimizer: which of :data:`OPTIMIZERS`.
         calls: the decisions of the calls that are timed together.
         steps: how many optimizer steps these calls are.
+        by_hand: whether the step is made without a builder of this project.
     """
 
     optimizer: str
     calls: tuple[Decision, ...]
     steps: int = 1
+    by_hand: bool = False
 
 
 # One step in five is sampled, as LookSAM does it.
@@ -121,6 +123,7 @@ _ONE_IN_FIVE: tuple[Decision, ...] = ('sampled', 'reuse', 'reuse', 'reuse', 'reu
 PERIOD = len(_ONE_IN_FIVE)
 
 BASE = 'base'
+BY_HAND = 'base optimizer, step written by hand'
 OPTAX_SAM = 'optax.contrib.sam'
 STORING = 'SAM that stores the PSF'
 SAMPLED = 'vSAM planned, sampled step'
@@ -131,6 +134,7 @@ TRACED_REUSE = 'vSAM traced, reuse step'
 # By the title of a row; that of BASE is the name of the optimizer.
 VARIANTS: dict[str, Variant] = {
     BASE: Variant('base', ('none',)),
+    BY_HAND: Variant('base', ('none',), by_hand=True),
     OPTAX_SAM: Variant('optax opaque', ('none',)),
     'optax.contrib.sam, transparent': Variant('optax transparent', ('none', 'none')),
     STORING: Variant('storing', ('none',)),

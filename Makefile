@@ -105,8 +105,6 @@ bench: $(BENCH_ENV)/.ready ## cost of steps and of whole runs, against optax and
 	$(BENCH) --parts=runs --windows=3 --output=$(MEASURED)_runs.json
 ifeq ($(ACCELERATOR),)
 	$(BENCH) --problems=transformer --notorch --output=$(MEASURED)_transformer.json
-	$(BENCH) --parts=runs --windows=5 --problems=convolutions \
-	  --output=$(MEASURED)_runs_convolutions.json
 	GLIBC_TUNABLES= $(BENCH) --few --steps=1 --output=$(MEASURED)_small_pages.json
 	GLIBC_TUNABLES=$(KEPT) $(BENCH) --few --rounds=41 --steps=1 --problems=mlp \
 	  --output=$(MEASURED)_kept_memory.json

@@ -117,16 +117,12 @@ def _large() -> str:
 
 
 def _whole_runs() -> str:
-    # Of the first network over more windows: its steps vary most.
-    names = ('runs', 'runs_convolutions')
-    contents = [_load(f'benchmark/cpu_{name}.json') for name in names]
-    runs = {k: v for content in contents for k, v in content['whole_runs'].items()}
-    content = contents[0]
+    content = _load('benchmark/cpu_runs.json')
     return (
-        f'{tables.markdown(*report.of_runs(runs))}\nThe parts cost'
+        f'{tables.markdown(*report.of_runs(content["whole_runs"]))}\nThe parts cost'
         ' (1 + p (T_sampled / T_base − 1)) T_base a step, p the share of sampled steps.'
         f' Median (quartiles) over chunks of the run; {_device(content)},'
-        f' {_versions(content)}. Commands: {_commands(*contents)}.\n'
+        f' {_versions(content)}. Command: {_commands(content)}.\n'
     )
 
 

@@ -1,6 +1,9 @@
 """Convolutions inside conditionals and loops on the CPU."""
 
+import os
 import re
+import subprocess
+import sys
 
 import chex
 import jax
@@ -8,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax
+from flax import nnx
+from jax import export, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,7 +77,7 @@ def test_values_and_gradients_stay_and_dimensions_are_in_the_fast_order(name):
     function, args = gradient(name)
     with jax.enable_x64(True):
         chex.assert_trees_all_close(
-            convolutions.canonical(function)(args), function(args), rtol=1e-12
+            jax.jit(convolutions.canonical(function))(args), function(args), rtol=1e-12
         )
         found = orders(convolutions.canonical(function), args)
     space = ', '.join(['b', *map(str, range(args[0].ndim - 2)), 'f'])
@@ -93,7 +97,7 @@ def test_values_and_gradients_stay_in_portions(name, monkeypatch):
         # So little that there is one example a portion, where there are portions.
         in_portions(monkeypatch, 1)
         chex.assert_trees_all_close(
-            convolutions.canonical(function)(args), expected, rtol=1e-12
+            jax.jit(convolutions.canonical(function))(args), expected, rtol=1e-12
         )
 
 
@@ -101,7 +105,7 @@ def test_values_and_gradients_stay_in_portions(name, monkeypatch):
     ('portion', 'number'),
     # The forward pass, and the gradient of the kernel: whole; or its first portion,
     # the one in the loop, and what is left of seven examples.
-    [(1, 3), (3, 4), (4, 2), (7, 2)],
+    [(1, 3), (3, 4), (4, 3), (7, 2)],
 )
 def test_gradients_of_kernels_are_summed_in_portions(portion, number, monkeypatch):
     rng = np.random.default_rng(0)
@@ -110,7 +114,7 @@ def test_gradients_of_kernels_are_summed_in_portions(portion, number, monkeypatc
     plain = jax.grad(loss)
     # Of the outputs' gradients as many bytes are read as of the inputs.
     in_portions(monkeypatch, portion * 2 * inputs.nbytes // 7)
-    summed = convolutions.canonical(plain)
+    summed = jax.jit(convolutions.canonical(plain))
     curvature = lambda f: jax.grad(lambda kernel: jnp.sum(f(kernel) ** 2))(kernel)
     with jax.enable_x64(True):
         program = str(jax.make_jaxpr(summed)(kernel))
@@ -179,7 +183,7 @@ def test_convolutions_inside_of_other_functions(name):
     assert len(found) >= 2
     assert set(found) == {'[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]'}
     chex.assert_trees_all_close(
-        convolutions.canonical(function)(kernel), function(kernel), rtol=1e-4
+        jax.jit(convolutions.canonical(function))(kernel), function(kernel), rtol=1e-4
     )
 
 
@@ -283,13 +287,127 @@ def test_other_backends_and_code_without_jit_are_left_alone(monkeypatch):
     assert orders(lambda args: wrapped(args), args) == plain
 
 
-def test_arguments_that_are_no_arrays_stay_what_they_are():
+def test_what_is_no_array_stays_what_it_is():
     def scaled(x, how, *, times):
-        return x * {'twice': 2, 'never': 0}[how] if times > 1 else x
+        scaled = x * {'twice': 2, 'never': 0}[how] if times > 1 else x
+        return scaled, {'how': how, 'times': times, 'none': None}
 
-    wrapped = convolutions.canonical(scaled)
-    assert wrapped(jnp.array(3.0), 'twice', times=2) == 6
-    assert wrapped(np.array(3.0), how='never', times=2) == 0
+    @jax.jit
+    def step(x):
+        scaled_x, told = convolutions.canonical(scaled)(x, 'twice', times=2)
+        assert told == {'how': 'twice', 'times': 2, 'none': None}
+        return scaled_x
+
+    assert step(3.0) == 6
+
+
+def test_outside_of_jit_the_function_itself_runs():
+    seen = []
+    wrapped = convolutions.canonical(lambda x: seen.append(x) or (x if x > 1 else -x))
+    x = jnp.array(2.0)
+    assert wrapped(x) is x
+    assert seen == [x]
+
+
+def test_what_is_shared_stays_shared():
+    block = jax.jit(lambda x: jnp.sin(x) * 2)
+    two = lambda x: block(block(x))
+    programs = lambda f: {
+        id(e.params['jaxpr'])
+        for e in jax.make_jaxpr(jax.jit(f))(1.0).jaxpr.eqns[0].params['jaxpr'].eqns
+    }
+    assert len(programs(convolutions.canonical(two))) == len(programs(two)) == 1
+
+
+def test_modules_that_would_be_copied_are_refused():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    loss = convolutions.canonical(nnx.grad(lambda model, x: jnp.sum(model(x))))
+    with pytest.raises(TypeError, match=r'nnx\.split'):
+        loss(model, jnp.ones((1, 2)))
+
+
+@pytest.mark.parametrize('kind', ['shard_map', 'auto_axes'])
+def test_inside_of_other_meshes(kind):
+    convolve, inputs, kernel = convolution('channels first')
+    inputs, kernel = (jnp.asarray(x, jnp.float32) for x in (inputs, kernel))
+    axis_types = (AxisType.Auto if kind == 'shard_map' else AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ('data',), axis_types=axis_types)
+    if kind == 'shard_map':
+        inner = jax.shard_map(convolve, in_specs=(P('data'), P()), out_specs=P('data'))
+    else:
+        inner = jax.sharding.auto_axes(convolve, out_sharding=P())
+    gradient = jax.grad(lambda kernel: jnp.sum(inner(inputs, kernel) ** 2))
+    expected = jax.grad(lambda kernel: jnp.sum(convolve(inputs, kernel) ** 2))(kernel)
+    with jax.set_mesh(mesh):
+        found = jax.jit(convolutions.canonical(gradient))(kernel)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4)
+
+
+def test_mini_batches_of_a_size_that_is_not_known(monkeypatch):
+    in_portions(monkeypatch, 1)
+    loss = lambda kernel, x: jnp.mean(lax.conv(x, kernel, (1, 1), 'SAME') ** 2)
+    step = jax.jit(convolutions.canonical(jax.grad(loss)))
+    (size,) = export.symbolic_shape('b')
+    kernel, inputs = jnp.ones((2, 2, 3, 3)), jnp.ones((3, 2, 8, 8))
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in (kernel.shape, (size, *inputs.shape[1:]))
+    ]
+    exported = export.export(step)(*shapes)
+    chex.assert_trees_all_close(
+        exported.call(kernel, inputs), step(kernel, inputs), rtol=1e-5
+    )
+
+
+# On one device, which pytest's processes are not.
+ON_ONE_DEVICE = """
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import vsam_jax
+from vsam_jax import convolutions
+assert jax.device_count() == 1
+convolutions._CACHE = 1024
+def loss_fn(kernel, stats, images, key):
+    out = jax.lax.conv(images, kernel, (1, 1), 'SAME')
+    return jnp.mean(out ** 2), (stats, None)
+def number_of_convolutions(axis_types):
+    state = vsam_jax.TrainState.create(
+        apply_fn=None, params=jnp.ones((4, 4, 3, 3)), tx=vsam_jax.sam(0.1))
+    images = jnp.ones((64, 4, 8, 8))
+    if axis_types is not None:
+        mesh = jax.make_mesh((1,), ('data',), axis_types=axis_types)
+        place = lambda x: jax.device_put(x, NamedSharding(mesh, P()))
+        state, images = jax.tree.map(place, (state, images))
+    step = vsam_jax.make_train_step(loss_fn)
+    return str(jax.make_jaxpr(step)(state, images)).count('conv_general_dilated[')
+# Of two passes each: forward, the first portion, and the one in the loop.
+print(number_of_convolutions(None), number_of_convolutions((AxisType.Auto,)),
+      number_of_convolutions((AxisType.Explicit,)))
+"""
+
+
+def test_steps_of_the_builders_are_in_portions_on_one_device():
+    output = subprocess.run(
+        [sys.executable, '-c', ON_ONE_DEVICE],
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    # What a type says to lie on a mesh is not cut, be there only one device in it.
+    assert output.split() == ['6', '6', '4']
+
+
+def test_side_effects_stay():
+    seen = []
+
+    def told(x):
+        jax.debug.callback(lambda value: seen.append(float(value)), x)
+        return 2 * x
+
+    assert jax.jit(convolutions.canonical(told))(jnp.array(3.0)) == 6
+    jax.effects_barrier()
+    assert seen == [3.0]
 
 
 def test_wrapping_starts_no_backend(monkeypatch):

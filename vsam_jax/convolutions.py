@@ -14,6 +14,7 @@ about twice as fast.
 """
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -21,7 +22,9 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jax.extend import core
 
 P = ParamSpec('P')
@@ -38,16 +41,22 @@ def canonical(function: Callable[P, T]) -> Callable[P, T]:
     ``lax.scan``, say.
 
     Args:
-        function: of pytrees of arrays. What it calls, and what ``jax.grad`` and its
+        function: of pytrees of arrays, which it does not change in place (split an
+            ``nnx.Module`` before). What it calls, and what ``jax.grad`` and its
             relatives make inside of it, is rewritten too; a gradient that is taken of
             the result is not, so wrap last.
 
     Returns:
         A function with the same values, to rounding. Gradients of kernels are summed
         in portions of the mini-batch, as many examples at a time as the caches of the
-        cores hold, where there is one device (one that is sharded could not be cut). On
-        other backends, and where ``jax.disable_jit`` lets operations run one by one,
-        it calls ``function``.
+        cores hold, where there is one device (what is spread over several is not cut),
+        results are float32 or float64, and channels are not in groups. On other
+        backends, and outside of ``jax.jit`` and other transformations that trace, it
+        calls ``function``. (A program that is exported for another platform is traced
+        on this one, and rewritten.)
+
+    Raises:
+        TypeError: when it is called with an ``nnx.Module``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -64,60 +73,108 @@ def canonical(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def rewritten(*args: P.args, **kwargs: P.kwargs) -> T:
+        _check_pure(args, kwargs)
         # Not before it is called: to ask for the backend starts it.
-        jit_is_off = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
-        if jit_is_off or jax.default_backend() != 'cpu':
+        if not _is_tracing() or jax.default_backend() != 'cpu':
             return function(*args, **kwargs)
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        # Whatever else there is stays what it is to the function.
-        is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
-        arrays = [x for x, is_one in zip(leaves, is_array, strict=True) if is_one]
+        arrays, merge = _split((args, kwargs))
+        merge_result: Any = None
 
-        def of_arrays(*arrays: jax.Array) -> T:
-            given = iter(arrays)
-            mixed = [
-                next(given) if is_one else x
-                for x, is_one in zip(leaves, is_array, strict=True)
-            ]
-            args, kwargs = jax.tree.unflatten(structure, mixed)
-            return function(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        def of_arrays(*arrays: jax.Array) -> list[jax.Array]:
+            nonlocal merge_result
+            inner: Any = merge(arrays)
+            result = function(*inner[0], **inner[1])  # pyright: ignore[reportCallIssue]
+            outputs, merge_result = _split(result)
+            return outputs
 
-        program, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
-        outputs = core.jaxpr_as_fun(_in_closed(program))(*arrays)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+        program = jax.make_jaxpr(of_arrays)(*arrays)
+        return merge_result(core.jaxpr_as_fun(_in_closed(program, {}))(*arrays))
 
     return rewritten
 
 
-def _in_closed(program: core.ClosedJaxpr) -> core.ClosedJaxpr:
-    return program.replace(jaxpr=_in_jaxpr(program.jaxpr))
+def _is_tracing() -> bool:
+    """Whether operations are written down here, rather than run one by one."""
+    return isinstance(lax.full((), 0.0), Tracer)
 
 
-def _in_jaxpr(program: core.Jaxpr) -> core.Jaxpr:
+def _check_pure(args: Any, kwargs: Any) -> None:
+    is_module = lambda x: isinstance(x, nnx.Module)
+    if any(map(is_module, jax.tree.leaves((args, kwargs), is_leaf=is_module))):
+        raise TypeError(
+            'The function must not be called with an nnx.Module: it would change a copy'
+            ' of it. Split it before (nnx.split), and merge it inside of the function.'
+        )
+
+
+def _split(tree: Any) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Any]]:
+    """The arrays in a tree, and what puts others into their places.
+
+    Whatever else there is, such as strings and Python numbers, stays what it is.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
+    arrays = [x for x, is_one in zip(leaves, is_array, strict=True) if is_one]
+    # No array outlives the call in it: it may be traced.
+    others = [None if is_one else x for x, is_one in zip(leaves, is_array, strict=True)]
+
+    def merge(arrays: Sequence[jax.Array]) -> Any:
+        given = iter(arrays)
+        merged = [
+            next(given) if is_one else x
+            for x, is_one in zip(others, is_array, strict=True)
+        ]
+        return jax.tree.unflatten(structure, merged)
+
+    return arrays, merge
+
+
+# Programs by the identity of those that they stand for, so that what is shared stays
+# shared, and is compiled once.
+_Memo = dict[int, Any]
+
+
+def _in_closed(program: core.ClosedJaxpr, memo: _Memo) -> core.ClosedJaxpr:
+    if id(program) not in memo:
+        inner = _in_jaxpr(program.jaxpr, memo)
+        same = inner is program.jaxpr
+        memo[id(program)] = program if same else program.replace(jaxpr=inner)
+    return memo[id(program)]
+
+
+def _in_jaxpr(program: core.Jaxpr, memo: _Memo) -> core.Jaxpr:
     """The program with other convolutions, also in programs inside of it."""
-    equations = []
-    for equation in program.eqns:
-        if equation.primitive is core.primitives.conv_general_dilated_p:
-            equations.extend(_transposed(equation))
-        else:
-            params = {name: _in_any(x) for name, x in equation.params.items()}
-            equations.append(equation.replace(params=params))
-    return program.replace(eqns=equations)
+    if id(program) not in memo:
+        equations = []
+        for equation in program.eqns:
+            if equation.primitive is core.primitives.conv_general_dilated_p:
+                equations.extend(_transposed(equation))
+                continue
+            params = {k: _in_any(x, memo) for k, x in equation.params.items()}
+            same = all(x is equation.params[k] for k, x in params.items())
+            equations.append(equation if same else equation.replace(params=params))
+        old = program.eqns
+        same = len(old) == len(equations) and all(map(operator.is_, old, equations))
+        memo[id(program)] = program if same else program.replace(eqns=equations)
+    return memo[id(program)]
 
 
-def _in_any(x: Any) -> Any:
+def _in_any(x: Any, memo: _Memo) -> Any:
     """A parameter of an equation; programs may lie in tuples, as those of ``cond``."""
     if isinstance(x, core.ClosedJaxpr):
-        return _in_closed(x)
+        return _in_closed(x, memo)
     if isinstance(x, core.Jaxpr):
-        return _in_jaxpr(x)
-    return tuple(map(_in_any, x)) if type(x) is tuple else x
+        return _in_jaxpr(x, memo)
+    if type(x) is tuple:
+        mapped = tuple(_in_any(y, memo) for y in x)
+        return x if all(map(operator.is_, x, mapped)) else mapped
+    return x
 
 
 def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
     """Equations that do what that of a convolution does, in the fast order.
 
-    One that has the fast order is left whole: it is no gradient of a kernel.
+    A gradient of a kernel never has it as JAX makes it.
     """
     given = equation.params['dimension_numbers']
     number = len(given.lhs_spec)
@@ -148,9 +205,9 @@ def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
         return _move(outputs, fast.out_spec, given.out_spec)
 
     examples = _portion(equation)
-    axes = (given.lhs_spec[1], given.rhs_spec[1])
-    run = convolve if examples is None else _in_portions(convolve, axes, examples)
-    inside = jax.make_jaxpr(run)(*(x.aval for x in equation.invars)).jaxpr
+    run = convolve if examples is None else _in_portions(convolve, examples)
+    with equation.ctx.manager:  # Of the mesh, for one.
+        inside = jax.make_jaxpr(run)(*(x.aval for x in equation.invars)).jaxpr
     # Its equations, between the variables of the one that they stand for.
     names = dict(zip(inside.invars, equation.invars, strict=True))
     names |= dict(zip(inside.outvars, equation.outvars, strict=True))
@@ -175,36 +232,47 @@ _CACHE = 2**20
 
 def _cache() -> int | None:
     """Bytes of operands that are worth a portion, None for no portions."""
-    # On several devices the examples may be spread over them.
-    return _CACHE * (os.cpu_count() or 1) if jax.device_count() == 1 else None
+    if jax.device_count() > 1:
+        return None  # The examples may be spread over them.
+    # Not all cores of a machine need be this process's.
+    affinity = getattr(os, 'sched_getaffinity', None)
+    return _CACHE * (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 def _portion(equation: core.JaxprEqn) -> int | None:
-    """How many of the terms that a convolution sums to take at a time, None for all.
+    """How many examples to take at a time in the gradient of a kernel.
 
-    The terms are the input channels of the convolution: in the gradient of a kernel
-    the examples.
+    None stands for all of them, and for convolutions of another kind.
     """
     cache, params = _cache(), equation.params
     # Typed as any variable's; those of a convolution are arrays.
     variables: list[Any] = [*equation.invars, *equation.outvars]
     inputs, kernel, outputs = (x.aval for x in variables)
+    given = params['dimension_numbers']
     if (
         cache is None
+        # The sum is over the first axis of both, as that over examples is.
+        or (given.lhs_spec[1], given.rhs_spec[1]) != (0, 0)
         or params['feature_group_count'] > 1
         or params['batch_group_count'] > 1
         # The sum is kept in the dtype of the result.
         or outputs.dtype not in (jnp.float32, jnp.float64)
-        or not all(x.sharding.mesh.empty for x in (inputs, kernel))
+        # Of an axis that a type says is sharded nothing is cut, of a symbolic one
+        # nothing is known.
+        or not all(
+            x.sharding.mesh.empty or x.sharding.mesh.are_all_axes_auto
+            for x in (inputs, kernel)
+        )
+        or not all(type(n) is int for n in (*inputs.shape, *kernel.shape))
     ):
         return None
-    terms = inputs.shape[params['dimension_numbers'].lhs_spec[1]]
+    examples = inputs.shape[0]
     read = _num_bytes(inputs) + _num_bytes(kernel)
-    examples = max(1, cache * terms // max(1, read))
-    # In other convolutions, of many channels say, the sum is as large as what is
-    # summed, and to add to it time and again takes longer than is won.
-    added = _num_bytes(outputs) * (terms // examples)
-    return examples if terms >= 2 * examples and added <= read else None
+    number = min(-(-read // cache), examples)
+    # To add to a sum as large as what is summed takes longer than is won.
+    if number < 2 or _num_bytes(outputs) * number > read:
+        return None
+    return -(-examples // number)
 
 
 def _num_bytes(x: Any) -> int:
@@ -212,15 +280,12 @@ def _num_bytes(x: Any) -> int:
 
 
 def _in_portions(
-    convolve: Callable[[jax.Array, jax.Array], jax.Array],
-    axes: tuple[int, int],
-    examples: int,
+    convolve: Callable[[jax.Array, jax.Array], jax.Array], examples: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The same sum, ``examples`` of its terms at a time.
+    """The same sum over the first axis of both arguments, some at a time.
 
     Args:
         convolve: maps inputs and kernel to their convolution.
-        axes: of inputs and of kernel, along which there is one term an index.
         examples: how many at a time.
 
     Returns:
@@ -229,12 +294,14 @@ def _in_portions(
 
     def summed(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
         def portion(start: jax.Array | int, size: int) -> jax.Array:
-            cut = lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)
-            return convolve(cut(inputs, axes[0]), cut(kernel, axes[1]))
+            cut = lambda x: lax.dynamic_slice_in_dim(x, start, size)
+            return convolve(cut(inputs), cut(kernel))
 
-        number, rest = divmod(inputs.shape[axes[0]], examples)
-        add = lambda i, total: total + portion(i * examples, examples)
-        total = lax.fori_loop(1, number, add, portion(0, examples))
+        number, rest = divmod(inputs.shape[0], examples)
+        total = portion(0, examples)
+        if number > 1:
+            add = lambda i, total: total + portion(i * examples, examples)
+            total = lax.fori_loop(1, number, add, total)
         return total + portion(number * examples, rest) if rest else total
 
     return summed

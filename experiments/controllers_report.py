@@ -173,7 +173,7 @@ def differences(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
             axes.set_yticks(-np.arange(len(reports)))
             axes.grid(axis='y', visible=False)
             axes.set_title(f'at {said}', loc='left')
-            axes.set_xlabel('test accuracy − SAM, points (logarithmic scale beyond ±2)')
+            axes.set_xlabel('points − SAM (logarithmic beyond ±2)')
         panels[0].set_yticklabels([task(report) for report in reports])
         panels[1].set_yticklabels([])
         handles, labels = panels[0].get_legend_handles_labels()

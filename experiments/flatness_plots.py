@@ -60,7 +60,8 @@ def minima(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside upper right', ncols=len(labels))
         figure.suptitle(
-            f'{summary["name"]}: mean over seeds, band from lowest to highest',
+            f'{plots.title_of(summary["name"])}: mean over seeds, band from lowest to'
+            ' highest',
             x=0.01,
             ha='left',
             fontsize=11,
@@ -110,9 +111,11 @@ def lemma(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
             axes.set_ylim(low, high)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower left', ncols=len(labels))
+        several = any(len(group) > 1 for group in runs.values())
+        over = 'seeds, thin: single ones, and ' if several else ''
         figure.suptitle(
-            f'{summary["name"]}: Lemma 1 along training'
-            ' (geometric mean over seeds and mini-batches; thin: single seeds)',
+            f'{plots.title_of(summary["name"])}: Lemma 1 along training'
+            f' (geometric mean over {over}mini-batches)',
             x=0.01,
             ha='left',
             fontsize=11,

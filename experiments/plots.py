@@ -109,7 +109,7 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter('%.1f×'))
         seeds = len(next(iter(summary['methods'].values()))['seeds'])
         axes.set_title(
-            f'{summary["name"]}: accuracy against cost\n'
+            f'{title_of(summary["name"])}: accuracy against cost\n'
             f'(mean ± sd of {seeds} seeds; dots: single seeds)',
             loc='left',
         )
@@ -210,7 +210,7 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
         figure.legend(handles, labels, loc='outside lower center', ncols=columns)
         network = summary['config']['model']
         figure.suptitle(
-            f'{summary["name"]}, {_NETWORKS.get(network, network)}:'
+            f'{title_of(summary["name"])}, {_NETWORKS.get(network, network)}:'
             f' {_spread([summary])}',
             x=0.01,
             ha='left',
@@ -222,11 +222,11 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
 def accuracy_against_speed(
     summaries: Sequence[dict[str, Any]], path: pathlib.Path
 ) -> None:
-    """Figure 1: test accuracy over training speed, one connected line per method.
+    """Figure 1: test accuracy over training speed, a mark per method and network.
 
     Args:
         summaries: what :func:`experiments.compare.compare` returns, of one network
-            each; a line has one mark for each of them.
+            each; a method has a mark for each of them.
         path: the PNG to write.
     """
     # Methods have colours here, and networks markers.
@@ -237,12 +237,11 @@ def accuracy_against_speed(
     with matplotlib.rc_context(SETTINGS):
         figure, axes = new_figure(7.6, 4.6)
         for name in names:
-            color, _, line = style_of(name)
+            color = style_of(name)[0]
             known = [each for each in summaries if name in each['methods']]
             rows = [each['methods'][name] for each in known]
             accuracy = [100 * row['test_accuracy']['mean'] for row in rows]
             speed = [row['images_per_second']['median'] for row in rows]
-            axes.plot(speed, accuracy, color=color, linestyle=line)
             for each, row, x, y in zip(known, rows, speed, accuracy, strict=True):
                 spread = row['images_per_second']
                 axes.errorbar(
@@ -256,7 +255,7 @@ def accuracy_against_speed(
                     capsize=2,
                     elinewidth=1.0,
                 )
-            axes.plot([], [], color=color, linestyle=line, label=rows[0]['title'])
+            axes.plot([], [], color=color, linewidth=5, label=rows[0]['title'])
         for network, marker in markers.items():
             title = _NETWORKS.get(network, network)
             axes.plot([], [], marker, color=_INK, markersize=7, label=title)
@@ -385,7 +384,12 @@ _NETWORKS = {
 
 
 def _titles(summaries: Sequence[dict[str, Any]]) -> str:
-    return ', '.join(dict.fromkeys(summary['name'] for summary in summaries))
+    return ', '.join(dict.fromkeys(title_of(each['name']) for each in summaries))
+
+
+def title_of(name: str) -> str:
+    """The name of a configuration for people."""
+    return name.replace('_', ' ')
 
 
 def _seeds(summaries: Sequence[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Sharpness-aware training for JAX with a second gradient only where it pays."""
+"""Sharpness-aware training for JAX with a fraction of the second gradients."""
 
 from vsam_jax import (
     checkpoint,

@@ -4,13 +4,12 @@
 in one order (batch, space, channels; kernels as space, channels in, channels out). A
 pass of its compiler transposes operands until they do, but in the outermost
 computation alone: in a branch or in the body of a loop gradients of kernels, whose
-dimensions come in another order, stay on loops that are tens of times slower. Here
+dimensions come in another order, stay on loops that are far slower. Here
 they are transposed everywhere.
 
 *In portions.* The gradient of a kernel is a sum over all examples and places, taken by
 a convolution whose operands are transposed from the first to the last dimension. Whole
-mini-batches do not fit into the caches for that; taken some examples at a time it is
-about twice as fast.
+mini-batches do not fit into the caches for that; some examples at a time do.
 """
 
 import functools

@@ -32,6 +32,12 @@ _AXES = {
     'batch_size': 'Batch size',
     'window': 'Window K',
 }
+# What a panel says of those that it holds fixed.
+_HELD = {
+    'parameters': '{:,} parameters',
+    'batch_size': 'batch {}',
+    'window': 'K = {}',
+}
 
 
 def _number(value: float | None, form: str) -> str:
@@ -261,13 +267,23 @@ def figure(content: Content, path: pathlib.Path) -> None:
             panel.axhline(1, color='#555555', lw=1)
             panel.set_xscale('log')
             panel.set_xlabel(_AXES[name])
+            if name != 'parameters':
+                swept = [point[name] for point in points]
+                panel.set_xticks(swept, [f'{x:,}' for x in swept])
+                panel.set_xticks([], minor=True)
+            held = [
+                said.format(points[0][other])
+                for other, said in _HELD.items()
+                if other != name
+            ]
+            panel.set_title(', '.join(held), loc='left', fontsize=10)
             panel.yaxis.set_major_formatter(ticker.FormatStrFormatter('%.1f×'))
         first = panels[0]
         for panel in panels:
             # One scale, so that they can be compared.
             panel.set_ylim(0, max(each.dataLim.y1 for each in panels) * 1.05)
         first.set_ylabel('time per step, as a multiple of SGD')
-        first.set_title('MLP: cost of a step (median, quartiles)', loc='left')
+        drawn.suptitle('MLP: cost of a step (median, quartiles)', x=0.01, ha='left')
         first.legend(fontsize=8)
         drawn.savefig(path)
 

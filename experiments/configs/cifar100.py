@@ -41,5 +41,6 @@ def get_config(schedule: str = 'published') -> ml_collections.ConfigDict:
         for model in config.models.values():
             model.dtype = 'bfloat16'
         # Those that matter most come first, should time run out.
-        config.compare.methods = ('sgd', 'sam', 'vsam', 'looksam', 'esam', 'saf')
+        methods = ('sgd', 'sam', 'vsam', 'steady_vsam', 'looksam', 'esam', 'saf')
+        config.compare.methods = methods
     return config

@@ -1,6 +1,6 @@
 """Handwritten digits with 40 % of the training labels wrong, on two CPU cores.
 
-The task in which sharpness-aware training shows what it is for in three minutes:
+The task in which sharpness-aware training shows what it is for in some minutes:
 a network that can learn wrong labels by heart, and does so with plain SGD.
 """
 

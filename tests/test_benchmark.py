@@ -25,6 +25,7 @@ from experiments.benchmark import (
     whole_runs,
 )
 from experiments.networks import vit
+from vsam_jax import convolutions
 
 TINY = problems.PROBLEMS['tiny']()
 
@@ -62,6 +63,22 @@ def test_a_second_gradient_is_in_the_steps_that_should_have_one():
     assert rows[variants.TRACED_REUSE]['flops'] == rows[variants.REUSE]['flops']
     in_five = rows['vSAM planned, one step in 5 sampled']['flops']
     assert in_five == pytest.approx(rows[variants.REUSE]['flops'] + added / 5)
+
+
+def test_a_step_written_by_hand_has_the_convolutions_of_jax(monkeypatch):
+    # As little as that is in portions, so that there are loops in the builder's step.
+    monkeypatch.setattr(convolutions, '_cache', lambda: 1)
+    problem = problems.PROBLEMS['tiny_convolutions']()
+    runners = jax_steps.runners(problem, (variants.BASE, variants.BY_HAND))
+    texts = [runner._calls[0].executable.as_text() for runner in runners.values()]
+    assert [' while(' in text for text in texts] == [True, False]
+    # Not those of one round of a loop.
+    built, by_hand = (runner.flops for runner in runners.values())
+    assert built == by_hand
+    states = [runner.run(1) and runner._session.state for runner in runners.values()]
+    chex.assert_trees_all_close(
+        *(state.params for state in states), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_cycle_makes_the_steps_that_it_says():

@@ -46,8 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.method = 'vsam'
     # Every method has the learning rate and the ρ that were best for it on the
     # validation examples, of those in config.tune below; what all of them gave
-    # stands in experiments/results/digits/tuning.json. (Its command is that of then;
-    # now it is python -m experiments.tune.)
+    # stands in experiments/results/digits/tuning.json.
     config.methods = {
         # At 0.1, where the others are best, SGD learns the wrong labels by heart
         # (67 %); this rate is so small that it has not got to them at the end.

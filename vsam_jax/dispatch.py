@@ -16,10 +16,17 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import core
 
 from vsam_jax import convolutions
-from vsam_jax.state import VSAMState, locate_state, with_own_buffers
+from vsam_jax.state import (
+    VSAMState,
+    holds_an_array_twice,
+    locate_state,
+    states_in,
+    with_own_buffers,
+)
 
 T = TypeVar('T')
 
@@ -95,8 +102,9 @@ class PlannedStep:
     ``axis_name`` is for, see :func:`vsam_jax.vsam`.)
 
     Args:
-        train_step: a pure function ``(state, *args, sample) -> (state, anything)``.
-            ``state`` is any pytree with exactly one :class:`vsam_jax.VSAMState` in it.
+        train_step: a pure function ``(state, *args, sample) -> (state, anything)``,
+            not jitted: ``sample`` decides what is traced. ``state`` is any pytree
+            with exactly one :class:`vsam_jax.VSAMState` in it.
         donate_state: whether the buffers of ``state`` are reused for the new state.
             The state passed in must not be read afterwards. True by default.
         **jit_options: passed on to :func:`jax.jit`, such as ``out_shardings``.
@@ -108,7 +116,8 @@ class PlannedStep:
         TypeError: from the constructor if ``train_step`` is not callable; from a
             call if the state is traced or the result is not a pair.
         ValueError: from the constructor if ``jit_options`` say whether the state is
-            donated; from a call if the state holds no plan or several of them.
+            donated; from a call if the state holds no plan or several of them, or
+            ``optax.MultiSteps`` around one.
         RuntimeError: from a call if the state did not advance with the calls.
 
     Example:
@@ -143,16 +152,18 @@ class PlannedStep:
                 'train_step must be a function (state, *args, sample) -> (state,'
                 f' anything), got {train_step!r}.'
             )
+        options = with_donation((0,) if donate_state else (), (0,), jit_options)
         self._programs = {
-            sample: jax.jit(
-                _specialize(train_step, sample),
-                **_with_donation(donate_state, jit_options),
-            )
+            sample: jax.jit(specialize(train_step, sample), **options)
             for sample in (True, False)
         }
         self._donates = donate_state
-        self._window: _Window | None = None
-        self.num_reads = 0
+        self._windows = Windows()
+
+    @property
+    def num_reads(self) -> int:
+        """How many times the plan has been read from the device."""
+        return self._windows.num_reads
 
     def program(self, sample: bool) -> Any:
         """The jitted function of sampled (True) or reuse (False) steps.
@@ -176,57 +187,93 @@ class PlannedStep:
         Returns:
             What ``train_step`` returns.
         """
-        if sample is not None:
-            sample = _decision(sample)
-        window, state = self._current_window(state)
-        if sample is None:
-            sample = window.plan[window.taken]
+        # What came out of a program has buffers of its own, unless somebody put one
+        # of its arrays into a second place since.
+        if self._donates and (
+            not self._windows.precede(state) or holds_an_array_twice(state)
+        ):
+            state = with_own_buffers(state)
+        sample = self._windows.decide(state, sample)
         output = self._programs[sample](state, *args)
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
                 'train_step must return a pair (state, anything), got'
                 f' {type(output).__name__}.'
             )
-        window.follow(output[0])
+        self._windows.follow(output[0])
         return output
 
-    def _locate(self, state: Any) -> tuple[int, VSAMState]:
-        """The plan in ``state``, and which of its leaves is the step counter."""
-        return locate_state(state)
 
-    def _current_window(self, state: Any) -> tuple['_Window', Any]:
-        """The window that ``state`` stands in, and the state, ready to be donated."""
-        window = self._window
-        continues = window is not None and window.precedes(state)
-        if window is not None and continues and window.taken < len(window.plan):
-            return window, state
-        if self._donates and not continues:
-            state = with_own_buffers(state)
-        new = _Window.read(*self._locate(state))
-        self.num_reads += 1
-        if window is not None and continues and new.step != window.next_step:
-            raise RuntimeError(
-                f'The state is at step {new.step} of vsam, but {window.next_step} is'
-                ' what the calls of this PlannedStep add up to: some calls did not'
-                ' advance it. Every call must; skip a bad update after vsam, as in'
-                ' chain(vsam(...), apply_if_finite(sgd(...), ...)), not around it.'
-                ' To go on, make a new PlannedStep or restore a checkpoint.'
-            )
-        self._window = new
-        return new, state
+class Windows:
+    """What the host knows of the plans of a run, window after window.
+
+    Attributes:
+        num_reads: how many times a plan has been read from the device.
+    """
+
+    def __init__(self):
+        self._window: _Window | None = None
+        self.num_reads = 0
+
+    def precede(self, state: Any) -> bool:
+        """Whether ``state`` is the one that the last step returned."""
+        return self._window is not None and self._window.precedes(state)
+
+    def decide(self, state: Any, sample: Any) -> bool:
+        """Whether the next step is sampled.
+
+        Args:
+            state: what the step starts from, with a :class:`VSAMState` in it.
+            sample: the caller's decision, None for that of the plan.
+
+        Returns:
+            The decision.
+        """
+        if sample is not None:
+            sample = _decision(sample)
+        window, continues = self._window, self.precede(state)
+        if window is None or not continues or window.taken == len(window.plan):
+            new = _Window.read(state)
+            self.num_reads += 1
+            if window is not None and continues and new.step != window.next_step:
+                raise RuntimeError(
+                    f'The state is at step {new.step} of vsam, but {window.next_step}'
+                    ' is what the calls of this PlannedStep add up to: some calls did'
+                    ' not advance it. Every call must; skip a bad update after vsam, as'
+                    ' in chain(vsam(...), apply_if_finite(sgd(...), ...)), not around'
+                    ' it. To go on, make a new PlannedStep or restore a checkpoint.'
+                )
+            self._window = window = new
+        return window.plan[window.taken] if sample is None else sample
+
+    def follow(self, state: Any) -> None:
+        """Notes that the step was run and ``state`` came out of it."""
+        assert self._window is not None
+        self._window.follow(state)
 
 
-def _with_donation(donate_state: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of ``jax.jit`` with the state, argument 0, donated or not."""
-    given = options.get('donate_argnums', ())
-    others = (given,) if isinstance(given, int) else tuple(given)
-    if 0 in others or 'donate_argnames' in options:
+def with_donation(
+    donated: tuple[int, ...], places: tuple[int, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of a jit that donates the state or does not.
+
+    Args:
+        donated: which arguments of the state are donated.
+        places: which arguments the state is.
+        options: as the caller gave them; they may donate other arguments.
+
+    Returns:
+        The options.
+    """
+    given = options.get('donate_argnums')
+    others = (given,) if isinstance(given, int) else tuple(given or ())
+    if {*places} & {*others} or options.get('donate_argnames') is not None:
         named = {k: v for k, v in options.items() if k.startswith('donate_')}
         raise ValueError(
             'donate_argnums must name arguments after the state, by their places, got'
             f' {named}: donate_state says whether the state is donated.'
         )
-    return {**options, 'donate_argnums': (0, *others) if donate_state else others}
+    return {**options, 'donate_argnums': (*donated, *others)}
 
 
 def _decision(sample: Any) -> bool:
@@ -235,12 +282,14 @@ def _decision(sample: Any) -> bool:
     return bool(sample)
 
 
-def _specialize(train_step: Callable[..., Any], sample: bool):
-    @functools.wraps(train_step)
-    def program(state: Any, *args: Any) -> Any:
-        return train_step(state, *args, sample=sample)
+def specialize(train_step: Callable[..., Any], sample: bool) -> Callable[..., Any]:
+    """The step of which it is known whether it is sampled."""
 
-    # jax.jit looks through __wrapped__ for a signature; ours has no `sample`.
+    @functools.wraps(train_step)
+    def program(*args: Any) -> Any:
+        return train_step(*args, sample=sample)
+
+    # A jit looks through __wrapped__ for a signature; ours has no `sample`.
     del program.__wrapped__
     program.__name__ = 'sampled_step' if sample else 'reuse_step'
     return program
@@ -254,15 +303,16 @@ class _Window:
         plan: the decisions for the rest of the window, from where it was read.
         step: the step counter of the state that it was read from.
         leaf: where that counter stands among the leaves of the train state.
-        last: the counter array of the state returned last. It is compared by
-            identity and never read, so it may have been donated since.
+        last: the counter array of the state returned last, None before a step was
+            run. It is compared by identity and never read, so it may have been
+            donated since.
         taken: how many steps were run since the plan was read.
     """
 
     plan: list[bool]
     step: int
     leaf: int
-    last: Any
+    last: Any = None
     taken: int = 0
 
     @property
@@ -270,9 +320,11 @@ class _Window:
         return self.step + self.taken
 
     @classmethod
-    def read(cls, leaf: int, vsam_state: VSAMState) -> '_Window':
+    def read(cls, state: Any) -> '_Window':
         """Reads the plan of the window that the state stands in; synchronises."""
+        leaf, vsam_state = locate_state(state)
         _check_plan(vsam_state)
+        _check_every_call_counts(state)
         plan, position, step = jax.device_get(
             (vsam_state.plan, vsam_state.position, vsam_state.step)
         )
@@ -280,11 +332,13 @@ class _Window:
             plan=[bool(sample) for sample in plan[int(position) :]],
             step=int(step),
             leaf=leaf,
-            last=vsam_state.step,
         )
 
     def precedes(self, state: Any) -> bool:
         """Whether ``state`` is the one that the last step returned."""
+        # A step that failed returned none.
+        if not self.taken:
+            return False
         leaves = jax.tree.leaves(state)
         return len(leaves) > self.leaf and leaves[self.leaf] is self.last
 
@@ -310,3 +364,17 @@ def _check_plan(vsam_state: VSAMState) -> None:
             ' the plan on the host. Inside jit, scan or vmap call train_step itself'
             ' with sample=None.'
         )
+
+
+def _check_every_call_counts(state: Any) -> None:
+    """Raises where a wrapper makes some calls without advancing the method."""
+    is_wrapper = lambda node: isinstance(node, optax.MultiStepsState)
+    for node in filter(is_wrapper, jax.tree.leaves(state, is_leaf=is_wrapper)):
+        if states_in(node.inner_opt_state):
+            raise ValueError(
+                'state must not hold optax.MultiSteps around a method of vsam_jax, got'
+                ' one: the plan counts updates, and this would be called once per'
+                ' mini-step. Jit train_step as it is (traced), give num_micro_batches'
+                ' to the function that builds it, or put optax.MultiSteps around what'
+                ' comes after the method.'
+            )

@@ -14,8 +14,8 @@ from flax import nnx
 
 from vsam_jax import _passes
 from vsam_jax._types import PyTree
-from vsam_jax.dispatch import PlannedStep
-from vsam_jax.state import VSAMState, locate_state
+from vsam_jax.dispatch import Windows, specialize, with_donation
+from vsam_jax.state import is_state, with_own_buffers
 
 
 def make_nnx_train_step(
@@ -71,6 +71,8 @@ def make_nnx_train_step(
     ) -> Any:
         _passes.check_accumulation(optimizer.tx, nnx.as_pure(optimizer.opt_state))
         graphdef, params, others = nnx.split(model, optimizer.wrt, ...)
+        # With the types of variables, also of those that the loss function makes.
+        structure = jax.tree.structure(others)
 
         def pure_loss(
             params: PyTree, others: PyTree, batch: Any, key: None
@@ -79,6 +81,8 @@ def make_nnx_train_step(
             copy = nnx.merge(graphdef, params, others)
             loss, aux = loss_fn(copy, batch)
             changed = nnx.split(copy, optimizer.wrt, ...)[2]
+            nonlocal structure
+            structure = jax.tree.structure(changed)
             return loss, (nnx.as_pure(changed), aux)
 
         passes = _passes.two_passes(
@@ -89,7 +93,8 @@ def make_nnx_train_step(
             None,
             num_micro_batches=num_micro_batches,
         )
-        nnx.update(model, passes.collections)
+        changed = jax.tree.leaves(passes.collections)
+        nnx.update(model, jax.tree.unflatten(structure, changed))
         # The optimizer picks gradients as it picks parameters: by variable type.
         grads = jax.tree.unflatten(
             jax.tree.structure(params), jax.tree.leaves(passes.grads)
@@ -114,7 +119,7 @@ class PlannedNNXStep:
         donate_state: whether the buffers of ``model`` and ``optimizer`` are reused
             for their new values. Arrays taken out of them before a call must then
             not be read after it. True by default.
-        **jit_options: passed on to :func:`jax.jit`.
+        **jit_options: passed on to ``nnx.jit``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :class:`vsam_jax.PlannedStep`.
@@ -132,20 +137,18 @@ class PlannedNNXStep:
                 'train_step must be a function (model, optimizer, *args, sample) ->'
                 f' anything, got {train_step!r}.'
             )
-
-        def pure_step(state: Any, *args: Any, sample: bool) -> tuple[Any, Any]:
-            model, optimizer = nnx.merge(*state)
-            aux = train_step(model, optimizer, *args, sample=sample)
-            return nnx.split((model, optimizer)), aux
-
-        self._step = _PlannedSplitStep(
-            pure_step, donate_state=donate_state, **jit_options
-        )
+        options = with_donation((0, 1) if donate_state else (), (0, 1), jit_options)
+        self._programs = {
+            sample: nnx.jit(specialize(train_step, sample), **options)
+            for sample in (True, False)
+        }
+        self._donates = donate_state
+        self._windows = Windows()
 
     @property
     def num_reads(self) -> int:
         """How many times the plan has been read from the device."""
-        return self._step.num_reads
+        return self._windows.num_reads
 
     def __call__(
         self, model: Any, optimizer: Any, *args: Any, sample: bool | None = None
@@ -155,26 +158,31 @@ class PlannedNNXStep:
         Args:
             model: the model, updated in place.
             optimizer: an ``nnx.Optimizer``, updated in place.
-            *args: passed on to ``train_step``, the batch for instance.
+            *args: passed on to ``train_step``, the batch for instance; modules among
+                them are updated in place too.
             sample: overrides the plan for this one step.
 
         Returns:
             What ``train_step`` returns.
         """
-        modules = (model, optimizer)
-        (_, state), aux = self._step(nnx.split(modules), *args, sample=sample)
-        nnx.update(modules, state)
-        return aux
+        state = _small_state(optimizer)
+        if self._donates and not self._windows.precede(state):
+            modules = (model, optimizer)
+            nnx.update(modules, with_own_buffers(nnx.state(modules)))
+            state = _small_state(optimizer)
+        sample = self._windows.decide(state, sample)
+        result = self._programs[sample](model, optimizer, *args)
+        self._windows.follow(_small_state(optimizer))
+        return result
 
 
-class _PlannedSplitStep(PlannedStep):
-    """A planned step whose state is ``nnx.split((model, optimizer))``."""
+def _small_state(optimizer: nnx.Optimizer) -> PyTree:
+    """The optimizer's state without all that a host does not want to go through."""
 
-    def _locate(self, state: Any) -> tuple[int, VSAMState]:
-        # Split, the optimizer is nested dicts; merged, it has a VSAMState again,
-        # with the same arrays.
-        _, optimizer = nnx.merge(*state)
-        _, vsam_state = locate_state(nnx.as_pure(optimizer.opt_state))
-        leaves = jax.tree.leaves(state)
-        leaf = next(i for i, leaf in enumerate(leaves) if leaf is vsam_state.step)
-        return leaf, vsam_state
+    def small(node: Any) -> Any:
+        if not is_state(node):
+            return None
+        return nnx.as_pure(node._replace(psf=None, rings=None))
+
+    is_node = lambda node: is_state(node) or isinstance(node, nnx.Variable)
+    return jax.tree.map(small, optimizer.opt_state, is_leaf=is_node)

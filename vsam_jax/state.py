@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import core
 
 from vsam_jax.statistics import Rings
 
@@ -97,20 +98,39 @@ def states_in(tree: Any) -> list[VSAMState]:
     return list(filter(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
 
 
+def holds_an_array_twice(tree: Any) -> bool:
+    """Whether one array object stands in two places."""
+    arrays = [id(x) for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+    return len({*arrays}) < len(arrays)
+
+
 def with_own_buffers(tree: Any) -> Any:
-    """The same tree, with a copy of every array that stands in it twice.
+    """The same tree, with a copy of every array whose memory another one has too.
 
     A buffer can be donated once only, and optimizers that keep the parameters of
     the start (mechanic, prodigy, dog) put the same arrays into their state.
     """
-    seen: set[int] = set()
+    seen: set[Any] = set()
 
     def own(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array):
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, core.Tracer):
             return leaf
-        if id(leaf) in seen:
+        buffers = _buffers(leaf)
+        if buffers & seen:
             return jnp.copy(leaf)
-        seen.add(id(leaf))
+        seen.update(buffers)
         return leaf
 
     return jax.tree.map(own, tree)
+
+
+def _buffers(x: jax.Array) -> set[Any]:
+    """What tells the memory of an array on this process's devices from others."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.is_deleted() or not x.size:
+        return {('array', id(x))}  # No memory that could be donated.
+    return {
+        (shard.device, shard.data.unsafe_buffer_pointer())
+        for shard in x.addressable_shards
+    }

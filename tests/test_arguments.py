@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import vsam_jax
+from vsam_jax import checkpoint, perturbation, reuse, sampling
 
 NAN, INF = float('nan'), float('inf')
 
@@ -168,7 +169,8 @@ def test_update_refuses_a_wrong_sample(sample, error):
     ('params', 'error', 'message'),
     [
         ({'a': jnp.arange(3)}, TypeError, r"params must hold real .*\['a'\].*int32"),
-        ({'a': jnp.ones(2, complex)}, TypeError, 'split_real_and_imaginary'),
+        ({'a': jnp.ones(2, complex)}, TypeError, 'leaves of the real and the imag'),
+        ({'a': jnp.ones(2, jnp.float8_e4m3fn)}, TypeError, r'16 bits .* float8_e4m3fn'),
         ({'a': 1.0}, TypeError, r"params must hold arrays; at \['a'\] it holds 1.0"),
         ({'a': optax.MaskedNode()}, ValueError, 'outside optax.masked'),
     ],
@@ -206,3 +208,102 @@ def test_nothing_is_lost_when_an_update_is_refused():
     with pytest.raises(ValueError, match='grad_fn'):
         tx.update(PARAMS, state, PARAMS)
     assert not any(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def test_gradients_that_are_no_floating_point_numbers_are_refused():
+    tx = vsam_jax.vsam()
+    grads = jax.tree.map(lambda p: p.astype(jnp.int32), PARAMS)
+    with pytest.raises(TypeError, match=r"updates must hold real .*\['a'\].* int32"):
+        tx.update(grads, tx.init(PARAMS), PARAMS, sample=False)
+
+
+def test_a_traced_rho_must_be_a_scalar_too():
+    init = lambda rho: vsam_jax.sam(rho).init(jnp.ones(2))
+    with pytest.raises(TypeError, match=r'rho must be .* array of shape \(2,\)'):
+        jax.eval_shape(init, jnp.ones(2))
+
+
+def test_masks_of_no_parameters_need_not_pick_any():
+    tx = vsam_jax.vsam(stats_mask=True, perturb_mask=True)
+    _, state = tx.update({}, tx.init({}), {}, grad_fn=lambda p: p, sample=True)
+    assert float(state.grad_norm) == 0
+
+
+def test_what_is_no_tree_is_named_by_its_root():
+    with pytest.raises(TypeError, match=r'params must hold real .* at its root'):
+        vsam_jax.vsam().init(jnp.arange(3))
+
+
+def test_every_name_of_an_axis_must_be_a_string():
+    with pytest.raises(TypeError, match=r"axis_name must be .* got \('data', 3\)"):
+        vsam_jax.vsam(axis_name=('data', 3))
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (lambda: vsam_jax.vsam(reuse_steps=2**31 - 1), 'reuse_steps must be'),
+        (lambda: reuse.SteadyDifference(1, 0.3), 'every must be .* got 1'),
+        (lambda: vsam_jax.random_sam(seed=2**32), 'seed must be .* got 4294967296'),
+        (lambda: vsam_jax.random_sam(rate=0.0), r'rate must be .* got 0\.0'),
+        (lambda: vsam_jax.looksam(every=1, gain=-1.0), 'gain must be .* got -1'),
+        (lambda: vsam_jax.steady_vsam(per_device=True), 'per_device must be False'),
+    ],
+)
+def test_rules_and_methods_refuse(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ('method', 'defaults'),
+    [
+        (
+            vsam_jax.vsam,
+            {
+                'rho': 0.05,
+                'window': 50,
+                'segments': 5,
+                'norm_gain': 0.13,
+                'variance_gain': 0.13,
+                'decay': 0.7,
+                'reuse_steps': 6,
+                'max_rate': 0.8,
+            },
+        ),
+        (vsam_jax.steady_vsam, {'rho': 0.05, 'every': 3, 'tolerance': 0.3}),
+        (vsam_jax.sam, {'rho': 0.05}),
+        (vsam_jax.asam, {'rho': 0.5, 'eta': 0.0}),
+        (vsam_jax.looksam, {'rho': 0.05, 'every': 5, 'gain': 0.7}),
+        (
+            vsam_jax.random_sam,
+            {'rho': 0.05, 'rate': 0.5, 'window': 50, 'decay': 0.7, 'reuse_steps': 6},
+        ),
+    ],
+)
+def test_defaults_are_the_published_ones(method, defaults):
+    settings = checkpoint.settings_of(method)
+    assert {name: settings[name] for name in defaults} == defaults
+
+
+def test_a_class_is_no_rule():
+    parts = perturbation.l2_ascent, sampling.Periodic, reuse.NoReuse()
+    with pytest.raises(TypeError, match='sampling must be a SamplingRule'):
+        vsam_jax.sharpness_aware(*parts, 0.1)  # pyright: ignore
+
+
+def test_arrays_of_numpy_make_no_warnings(recwarn):
+    params = {'a': np.ones(2), 'b': np.ones(2, np.float32)}
+    state = vsam_jax.vsam().init(params)
+    assert not recwarn.list
+    assert {s.dtype for s in jax.tree.leaves(state.psf)} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize('method', [vsam_jax.vsam, vsam_jax.steady_vsam])
+def test_dtypes_are_promoted_by_nobody(method):
+    tx, w = method(), jnp.ones(2)
+    with jax.numpy_dtype_promotion('strict'):
+        state = tx.init(w)
+        for sample in (True, False):
+            _, state = tx.update(w, state, w, grad_fn=jnp.sin, sample=sample)
+    assert int(state.step) == 2

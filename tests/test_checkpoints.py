@@ -305,3 +305,90 @@ def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(tmp
     reference = result(uninterrupted, tmp_path / 'uninterrupted')
     assert (reference['first_step'], resumed['first_step']) == (0, 4)
     assert resumed['bits'] == reference['bits']
+
+
+def test_the_latest_checkpoint_is_restored_unless_a_step_is_named(tmp_path):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for step in (3, 12):
+            checkpoint.save(manager, step, {'w': jnp.array(step)}, config={})
+        manager.wait_until_finished()
+        restore = functools.partial(
+            checkpoint.restore, manager, {'w': jnp.array(0)}, config={}
+        )
+        assert int(restore()['w']) == 12
+        assert int(restore(step=3)['w']) == 3
+
+
+def test_options_of_the_manager_reach_it(tmp_path):
+    options = ocp.CheckpointManagerOptions(save_interval_steps=10)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        save = functools.partial(checkpoint.save, manager, config={})
+        assert save(0, {'w': jnp.ones(2)}) is True
+        assert save(3, {'w': jnp.ones(2)}) is False
+        assert save(3, {'w': jnp.ones(2)}, force=True) is True
+        manager.wait_until_finished()
+        assert list(manager.all_steps()) == [0, 3]
+
+
+def test_lists_of_other_lengths_differ_as_a_whole():
+    changed = checkpoint._differences('x', [1, 2], [1])
+    assert changed == ['x is [1, 2] in the checkpoint, [1] in this run']
+
+
+def test_settings_of_every_kind_come_back_as_the_same(tmp_path):
+    config = {
+        'rates': {0: 0.1, 100: 0.01},
+        'betas': (0.9, 0.99),
+        'seed': np.int64(3),
+        'rho': jnp.float32(0.5),
+        'mask': np.array([True, False]),
+    }
+    state = {'w': jnp.ones(2)}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        checkpoint.save(manager, 0, state, config=config)
+        manager.wait_until_finished()
+        problems.assert_equal(checkpoint.restore(manager, state, config=config), state)
+
+
+def test_of_many_differences_the_first_are_listed_and_the_rest_counted(tmp_path):
+    state = {'w': jnp.ones(2)}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        checkpoint.save(manager, 0, state, config={str(i): 0 for i in range(10)})
+        manager.wait_until_finished()
+        with pytest.raises(ValueError, match='another configuration') as error:
+            checkpoint.restore(manager, state, config={str(i): 1 for i in range(10)})
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == 9
+    assert lines[-1].strip() == 'and 2 more'
+
+
+@pytest.mark.parametrize(
+    ('value', 'error', 'message'),
+    [
+        (jax.random.key(0), TypeError, 'must be a JSON value'),
+        (np.complex64(1), TypeError, 'must be a JSON value'),
+        (np.datetime64('2024-01-01'), TypeError, 'must be a JSON value'),
+        ({1: 2, '1': 3}, ValueError, 'must have keys that differ'),
+    ],
+)
+def test_settings_that_cannot_be_stored_are_refused_at_once(
+    value, error, message, tmp_path
+):
+    with ocp.CheckpointManager(tmp_path) as manager:
+        with pytest.raises(error, match=rf"config\['a'\] {message}"):
+            checkpoint.save(manager, 0, {'w': jnp.ones(2)}, config={'a': value})
+        assert not manager.all_steps()
+
+
+def test_a_checkpoint_of_others_is_named_as_one(tmp_path):
+    state = {'w': jnp.ones(2)}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=ocp.args.StandardSave(state))  # pyright: ignore
+        manager.wait_until_finished()
+    with (
+        ocp.CheckpointManager(tmp_path) as manager,
+        pytest.raises(
+            ValueError, match=r'step 0 in .*\.checkpoint\.save wrote, but has'
+        ),
+    ):
+        checkpoint.restore(manager, state, config={})

@@ -326,8 +326,11 @@ def test_what_is_shared_stays_shared():
 def test_modules_that_would_be_copied_are_refused():
     model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     loss = convolutions.canonical(nnx.grad(lambda model, x: jnp.sum(model(x))))
-    with pytest.raises(TypeError, match=r'nnx\.split'):
+    with pytest.raises(TypeError, match=r'objects of NNX.*Linear.*nnx\.split'):
         loss(model, jnp.ones((1, 2)))
+    draw = convolutions.canonical(lambda rngs: rngs.dropout())
+    with pytest.raises(TypeError, match=r'objects of NNX.*Rngs.*nnx\.split'):
+        draw(nnx.Rngs(dropout=0))
 
 
 @pytest.mark.parametrize('kind', ['shard_map', 'auto_axes'])
@@ -454,3 +457,34 @@ def test_explicit_shardings_move_with_the_dimensions(
     typed = lambda tree: [(x.shape, x.sharding.spec) for x in tree]
     assert typed(fast) == typed(plain)
     chex.assert_trees_all_close(fast, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_portions_fill_the_caches_of_all_cores(monkeypatch):
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    for cores in (1, 3):
+        monkeypatch.setattr(
+            os, 'sched_getaffinity', lambda _, n=cores: set(range(n)), raising=False
+        )
+        assert convolutions._cache() == cores * convolutions._CACHE
+
+
+def test_gradients_larger_than_what_they_are_summed_over_are_not_cut(monkeypatch):
+    monkeypatch.setattr(convolutions, '_cache', lambda: 1)
+    inputs = jnp.ones((8, 64, 1, 1))
+    loss = lambda kernel: jnp.sum(lax.conv(inputs, kernel, (1, 1), 'SAME') ** 2)
+    gradient = convolutions.canonical(jax.grad(loss))
+    program = str(jax.make_jaxpr(gradient)(jnp.ones((64, 64, 1, 1))))
+    assert program.count('conv_general_dilated[') == 2
+
+
+def test_convolutions_keep_the_lines_they_were_written_on():
+    inputs = jnp.ones((2, 3, 8, 8))
+    convolve = lambda kernel: jnp.sum(lax.conv(inputs, kernel, (1, 1), 'SAME'))
+    program = jax.make_jaxpr(convolutions.canonical(convolve))(jnp.ones((4, 3, 3, 3)))
+    (found,) = [
+        equation.source_info
+        for equation in program.eqns
+        if equation.primitive.name == 'conv_general_dilated'
+    ]
+    files = {frame.file_name for frame in found.traceback.frames}
+    assert __file__ in files

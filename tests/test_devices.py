@@ -573,3 +573,124 @@ def test_a_step_lowers_for_other_platforms(platform, sample, layout):
     assert exported.nr_devices == (1 if layout == 'one device' else 8)
     text = exported.mlir_module()
     assert ('stablehlo.case' in text or 'stablehlo.if' in text) == (sample is None)
+
+
+def test_counters_among_running_statistics_stay_whole_numbers_over_devices():
+    loss_fn = lambda w, stats, batch, key: (
+        jnp.sum(w * batch),
+        ({'count': stats['count'] + 1}, None),
+    )
+    state = vsam_jax.TrainState.create(
+        apply_fn=None,
+        params=jnp.ones(2),
+        batch_stats={'count': jnp.zeros((), jnp.int32)},
+        tx=vsam_jax.sam(axis_name='data'),
+    )
+    step = jax.vmap(
+        vsam_jax.make_train_step(loss_fn, axis_name='data'),
+        axis_name='data',
+        in_axes=(None, 0),
+        out_axes=None,
+    )
+    state, _ = step(state, jnp.ones((4, 2)))
+    assert state.batch_stats['count'].dtype == jnp.int32
+    assert int(state.batch_stats['count']) == 1
+
+
+def test_micro_batches_of_a_device_have_running_statistics_of_their_own():
+    loss_fn = lambda w, stats, batch, key: (
+        jnp.sum(w * batch),
+        ({'mean': (stats['mean'] + batch.mean(0)) / 2}, None),
+    )
+    state = vsam_jax.TrainState.create(
+        apply_fn=None,
+        params=jnp.ones(2),
+        batch_stats={'mean': jnp.zeros(2)},
+        tx=vsam_jax.sam(axis_name='data'),
+    )
+    step = jax.shard_map(
+        vsam_jax.make_train_step(loss_fn, num_micro_batches=2, axis_name='data'),
+        mesh=jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), P('data')),
+        out_specs=(P(), P('data')),
+    )
+    batch = np.arange(32.0, dtype=np.float32).reshape(8, 2, 2)  # Of a device, a part.
+    state, _ = jax.jit(step)(state, batch.reshape(16, 2))
+    expected = (batch[:, 0] / 4 + batch[:, 1] / 2).mean(0)
+    np.testing.assert_allclose(state.batch_stats['mean'], expected)
+
+
+@pytest.mark.parametrize(('own', 'other'), [('host', 'data'), ('data', 'host')])
+def test_a_gradient_that_was_summed_over_one_of_two_axes_is_refused(own, other):
+    axes = ('host', 'data')
+    tx = vsam_jax.sam(axis_name=axes)
+    mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Auto,) * 2)
+    loss = lambda w, x: jnp.mean((x @ w) ** 2)
+
+    def step(w, x):
+        grads = jax.grad(loss)(jax.lax.pcast(w, own, to='varying'), x)
+        return tx.update(grads, tx.init(w), w, grad_fn=lambda w: jax.grad(loss)(w, x))
+
+    step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P())
+    message = f"at its root it is the same on all devices of '{other}'"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(step, jnp.ones(3), jnp.ones((8, 3)))
+
+
+@pytest.mark.parametrize('per_device', [False, True])
+def test_a_summed_gradient_is_refused_whoever_perturbs(per_device):
+    tx = vsam_jax.sam(axis_name='data', per_device=per_device)
+    step = mapped_step(tx, axes=None)
+    params = problems.mlp_params()
+    (x, y) = problems.mlp_batches(1)[0]
+    with pytest.raises(ValueError, match="updates must be each device's own"):
+        jax.eval_shape(step, (params, tx.init(params)), (x, jax.nn.one_hot(y, 3)))
+
+
+def test_the_step_builder_names_a_wrong_axis():
+    with pytest.raises(TypeError, match=r'axis_name must be None, .* got 3\.'):
+        vsam_jax.make_train_step(lambda *args: None, axis_name=3)
+
+
+def test_shardings_of_no_parameters_are_refused():
+    with pytest.raises(ValueError, match=r'params must .* got 0 meshes'):
+        vsam_jax.state_shardings({'step': jnp.zeros(())}, {})
+
+
+def test_a_bare_array_without_a_mesh_is_named_by_its_root():
+    with pytest.raises(ValueError, match='at its root the sharding is'):
+        vsam_jax.state_shardings(jnp.ones(3), jnp.ones(3))
+
+
+@pytest.mark.parametrize('method', ['sgd', 'sam'])
+def test_scales_of_8_bit_floats_are_the_largest_of_all_devices(method):
+    owned = '_overwrite_with_gradient'
+
+    @jax.custom_vjp
+    def scaled(x, batch, scale):
+        return x
+
+    scaled.defvjp(
+        lambda x, batch, scale: (x, batch),
+        lambda batch, g: (g, jnp.zeros_like(batch), jnp.max(batch)),
+    )
+
+    def loss_fn(params, batch_stats, batch, key):
+        w = scaled(params['params'], batch, params[owned])
+        return jnp.sum(w * batch), (batch_stats, None)
+
+    methods = {'sgd': optax.sgd(0.1), 'sam': vsam_jax.sam(axis_name='data')}
+    state = vsam_jax.TrainState.create(
+        apply_fn=None,
+        params={'params': jnp.ones(2), owned: jnp.array(1.0)},
+        tx=methods[method],
+    )
+    step = jax.shard_map(
+        vsam_jax.make_train_step(loss_fn, axis_name='data'),
+        mesh=jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), P('data')),
+        out_specs=(P(), P('data')),
+    )
+    batch = np.arange(16.0, dtype=np.float32).reshape(8, 2)
+    state, _ = jax.jit(step)(state, batch)
+    assert float(state.params[owned]) == 15

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import vsam_jax
 from experiments.benchmark import programs
 from tests import problems
+from vsam_jax.state import with_own_buffers
 
 WINDOW = 6
 
@@ -303,3 +304,103 @@ def test_an_exception_in_a_step_leaves_the_driver_usable(batches):
     for batch in batches[1:12]:
         state, _ = driver(state, batch)
     assert int(state[1][0].step) == 12
+
+
+def test_a_state_that_lost_its_plan_is_an_error():
+    tx = vsam_jax.vsam()
+    params = problems.mlp_params()
+    losing_step = lambda state, batch, *, sample: ((), None)
+    driver = vsam_jax.PlannedStep(losing_step, donate_state=False)
+    state, _ = driver((params, tx.init(params)), None)
+    with pytest.raises(ValueError, match=r'exactly one VSAMState.*holds 0'):
+        driver(state, None)
+
+
+def test_a_driver_takes_several_first_states_that_hold_buffers_twice():
+    tx = optax.chain(vsam_jax.vsam(), optax.contrib.mechanize(optax.sgd(0.1)))
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    (batch,) = problems.mlp_batches(1)
+    for seed in range(2):
+        params = problems.mlp_params(seed)
+        state, _ = driver((params, tx.init(params)), batch)
+        assert int(vsam_jax.find_state(state).step) == 1
+
+
+def test_python_numbers_in_a_state_stay_what_they_are():
+    kept = with_own_buffers({'a': 1, 'b': 1})
+    assert [type(x) for x in kept.values()] == [int, int]
+
+
+def test_programs_are_called_what_they_are():
+    driver = vsam_jax.PlannedStep(problems.make_step(vsam_jax.vsam()))
+    names = [driver.program(sample).__name__ for sample in (True, False)]
+    assert names == ['sampled_step', 'reuse_step']
+
+
+def test_buffers_are_donated_by_default():
+    tx = vsam_jax.vsam()
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    params = problems.mlp_params()
+    driver((params, tx.init(params)), problems.mlp_batches(1)[0])
+    assert params[0].is_deleted()
+
+
+def shared_buffers(tx, placed):
+    """A first state whose parameters stand in the optimizer's state too."""
+    params = problems.mlp_params()
+    state = (params, tx.init(params))
+    # Other objects, but the same buffers.
+    return jax.device_put(state, jax.devices()[0]) if placed else state
+
+
+@pytest.mark.parametrize('placed', [False, True])
+def test_a_first_call_that_failed_may_be_made_again(placed):
+    tx = optax.chain(vsam_jax.vsam(), optax.contrib.mechanize(optax.sgd(0.1)))
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    state = shared_buffers(tx, placed)
+    with pytest.raises(TypeError):
+        driver(state, None)
+    for batch in problems.mlp_batches(3):
+        state, _ = driver(state, batch)
+    assert int(vsam_jax.find_state(state).step) == 3
+
+
+def test_an_array_may_be_put_into_two_places_between_steps():
+    tx = vsam_jax.vsam()
+
+    def averaging_step(state, batch, *, sample=None):
+        inner, average = state
+        inner, value = problems.make_step(tx)(inner, batch, sample=sample)
+        return (inner, optax.incremental_update(inner[0], average, 0.1)), value
+
+    driver = vsam_jax.PlannedStep(averaging_step)
+    params = problems.mlp_params()
+    state = ((params, tx.init(params)), problems.mlp_params(1))
+    for batch in problems.mlp_batches(3):
+        (inner, _), _ = driver(state, batch)
+        state = (inner, inner[0])  # The average starts anew.
+    assert driver.num_reads == 1
+
+
+def test_accumulation_around_the_method_cannot_be_planned():
+    for tx in (
+        optax.MultiSteps(optax.chain(vsam_jax.vsam(), optax.sgd(0.1)), 2),
+        optax.chain(optax.MultiSteps(vsam_jax.vsam(), 2).gradient_transformation()),
+    ):
+        driver = vsam_jax.PlannedStep(problems.make_step(vsam_jax.vsam()))
+        params = problems.mlp_params()
+        with pytest.raises(ValueError, match=r'must not hold optax\.MultiSteps around'):
+            driver((params, tx.init(params)), None)
+    after = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    tx = optax.chain(vsam_jax.vsam(), after)
+    driver = vsam_jax.PlannedStep(problems.make_step(tx))
+    state, _ = driver((params, tx.init(params)), problems.mlp_batches(1)[0])
+    assert int(vsam_jax.find_state(state).step) == 1
+
+
+def test_options_may_be_left_as_jit_has_them():
+    options = {'donate_argnums': None, 'donate_argnames': None}
+    driver = vsam_jax.PlannedStep(problems.make_step(vsam_jax.vsam()), **options)
+    params = problems.mlp_params()
+    driver((params, vsam_jax.vsam().init(params)), problems.mlp_batches(1)[0])
+    assert params[0].is_deleted()

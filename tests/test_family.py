@@ -1,10 +1,12 @@
 """The methods of the family: each is what its paper says, and one code runs all."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import vsam_jax
 from tests import problems
@@ -291,3 +293,104 @@ def test_the_second_gradient_of_random_sam_without_reuse_lasts_one_step():
     )
     direction, _ = tx.update(params**3, state, params, sample=False)
     np.testing.assert_array_equal(direction, params**3)
+
+
+@pytest.mark.parametrize('name', ['vsam', 'looksam', 'steady_vsam', 'random_sam'])
+def test_every_memory_may_be_narrow(name):
+    tx = problems.METHODS[name](0.1, psf_dtype=jnp.bfloat16)
+    state = tx.init(problems.toy_params())
+    assert {s.dtype for s in jax.tree.leaves(state.psf)} == {jnp.dtype('bfloat16')}
+
+
+def test_another_seed_gives_random_sam_another_plan():
+    plans = [vsam_jax.random_sam(seed=s).init(jnp.ones(2)).plan for s in range(3)]
+    assert len({tuple(np.asarray(plan)) for plan in plans}) == 3
+
+
+def test_the_budget_of_random_sam_is_the_expected_number_of_samples():
+    state = vsam_jax.random_sam(rate=0.4, window=5).init(jnp.ones(2))
+    assert float(state.budget) == pytest.approx(2)
+
+
+def test_a_window_of_random_sam_may_be_one_step():
+    state = vsam_jax.random_sam(window=1).init(jnp.ones(2))
+    assert state.plan.shape == (1,)
+
+
+@pytest.mark.parametrize('every', [64, 65, 100])
+def test_samples_may_be_far_apart(every):
+    plan = vsam_jax.looksam(every=every).init(jnp.ones(2)).plan
+    np.testing.assert_array_equal(np.flatnonzero(plan), [0])
+    assert len(plan) == every
+
+
+@pytest.mark.parametrize(
+    'tx',
+    [vsam_jax.sam(), vsam_jax.looksam(every=1), vsam_jax.random_sam(rate=1.0)],
+    ids=['sam', 'looksam', 'random_sam'],
+)
+def test_what_is_sampled_on_every_step_needs_no_conditional(tx):
+    w = jnp.ones(2)
+    update = lambda state: tx.update(w, state, w, grad_fn=jnp.sin)
+    assert 'cond[' not in str(jax.make_jaxpr(update)(tx.init(w)))
+
+
+def test_the_norm_of_looksam_is_taken_in_float32():
+    """In float16 the squares of 1000 tens have no sum."""
+    tx = vsam_jax.looksam(every=2)
+    w, grads = jnp.ones(1000, jnp.float16), jnp.full(1000, 10, jnp.float16)
+    direction, _ = tx.update(grads, tx.init(w), w, sample=False)
+    np.testing.assert_array_equal(direction, grads)
+
+
+@pytest.mark.parametrize('name', ['vsam', 'steady_vsam', 'random_sam'])
+def test_at_the_first_age_nothing_is_reused(name):
+    tx, w = problems.METHODS[name](0.1), jnp.ones(2)
+    state = tx.init(w)._replace(psf=jnp.ones(2))
+    direction, _ = tx.update(w, state, w, sample=False)
+    np.testing.assert_array_equal(direction, w)
+
+
+def test_asam_scales_narrow_tensors_in_float32():
+    """T of one weight: ε = ρ T."""
+    for dtype, w, eta in ((jnp.bfloat16, 1.0, 0.01), (jnp.float16, 300.0, 0.0)):
+        w = jnp.array([w], dtype)
+        epsilon = perturbation.elementwise_ascent(eta)(w, w, 1.0)
+        np.testing.assert_allclose(epsilon, [float(w[0]) + eta], rtol=1e-6)
+
+
+def test_a_gradient_as_long_as_the_floor_moves_half_as_far():
+    g = jnp.array([1e-12])
+    np.testing.assert_allclose(perturbation.l2_ascent(g, g, 1.0), [0.5], rtol=1e-6)
+
+
+def test_biases_in_boxes_are_biases():
+    boxed = {'bias': nn.Partitioned(jnp.ones(2), ('a',)), 'kernel': jnp.ones(2)}
+    assert jax.tree.leaves(perturbation.all_but_biases(boxed)) == [False, True]
+    state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.Param)
+    found = nnx.to_pure_dict(perturbation.all_but_biases(state))
+    assert found == {'bias': False, 'kernel': True}
+
+
+def test_a_scale_mask_is_made_of_all_tensors_also_where_few_are_perturbed():
+    matrices = lambda params: {name: w.ndim > 1 for name, w in params.items()}
+    params = problems.toy_params()
+    mask = {'kernel': True, 'bias': False}
+    tx = vsam_jax.asam(0.1, scale_mask=matrices, perturb_mask=mask)
+    seen = []
+    tx.update(params, tx.init(params), params, grad_fn=lambda p: seen.append(p) or p)
+    np.testing.assert_array_equal(seen[0]['bias'], params['bias'])
+    w = np.asarray(params['kernel'])
+    expected = w + 0.1 * w**2 * w / np.linalg.norm(w * np.abs(w))
+    np.testing.assert_allclose(seen[0]['kernel'], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_rounding_is_no_direction_of_looksam(dtype):
+    """On a quadratic bowl g_SAM is parallel to g."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=256), dtype)
+    tx = vsam_jax.looksam(0.5, every=2)
+    _, state = tx.update(w, tx.init(w), w, grad_fn=lambda w: w)
+    np.testing.assert_array_equal(state.psf, jnp.zeros(256))
+    direction, _ = tx.update(w, state, w, sample=False)
+    np.testing.assert_array_equal(direction, w)

@@ -406,3 +406,81 @@ def test_accumulation_around_the_method_is_refused_and_after_it_works():
     state = state.apply_gradients(grads=jnp.ones(3), sample=False)
     state = state.apply_gradients(grads=jnp.ones(3), grad_fn=lambda p: p, sample=True)
     assert int(vsam_jax.metrics(state)['num_samples']) == 1
+
+
+def stats_step(batch_stats, update, batch=None, n=1, **kwargs):
+    """One step of a loss whose running statistics are made by ``update``."""
+    loss_fn = lambda w, stats, batch, key: (jnp.sum(w**2), (update(stats), None))
+    state = vsam_jax.TrainState.create(
+        apply_fn=None, params=jnp.ones(2), batch_stats=batch_stats, tx=vsam_jax.sam()
+    )
+    step = vsam_jax.make_train_step(loss_fn, num_micro_batches=n, **kwargs)
+    return step(state, jnp.ones((2, 1)) if batch is None else batch)[0].batch_stats
+
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_running_statistics_keep_their_dtype(n):
+    """Also where the model makes them in another one, as BatchNorm does."""
+    widened = lambda stats: {'mean': stats['mean'].astype(jnp.float32) + 1}
+    stats = stats_step({'mean': jnp.zeros((), jnp.bfloat16)}, widened, n=n)
+    assert stats['mean'].dtype == jnp.bfloat16
+    assert float(stats['mean']) == n
+
+
+def test_a_model_may_add_running_statistics():
+    assert stats_step(None, lambda stats: {'mean': jnp.ones(())}) == {'mean': 1}
+
+
+def test_a_scalar_in_a_mini_batch_cannot_be_cut():
+    with pytest.raises(
+        ValueError, match=r'num_micro_batches must divide .* shape \(\)'
+    ):
+        stats_step({}, lambda stats: stats, batch=jnp.ones(()), n=2)
+
+
+def test_a_new_train_state_has_an_empty_collection_of_statistics():
+    state = vsam_jax.TrainState.create(
+        apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.1)
+    )
+    assert state.batch_stats == {}
+
+
+def test_beside_scales_of_8_bit_floats_everything_else_works_as_ever():
+    owned = '_overwrite_with_gradient'
+    params = {'params': jnp.ones(3), owned: jnp.array(1.0)}
+    state = vsam_jax.TrainState.create(
+        apply_fn=None, params=params, tx=vsam_jax.sam(), batch_stats={'mean': 0.0}
+    )
+    with pytest.raises(ValueError, match=r'grad_fn must be a function .* got None'):
+        state.apply_gradients(grads=params)
+    state = state.apply_gradients(
+        grads=params, grad_fn=lambda p: p, batch_stats={'mean': 1.0}
+    )
+    assert state.batch_stats == {'mean': 1.0}
+
+
+def test_a_loss_scale_is_not_taken_out_of_what_it_is_not_in():
+    """Scales of 8-bit floats come out of the backward pass as they are."""
+    owned = '_overwrite_with_gradient'
+
+    @jax.custom_vjp
+    def scaled(x, scale):
+        return x
+
+    scaled.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g, 2 * scale))
+
+    def loss_fn(params, batch_stats, batch, key):
+        loss = jnp.sum((scaled(params['params'], params[owned]) - batch) ** 2)
+        return loss, (batch_stats, loss)
+
+    params = {'params': jnp.zeros(3), owned: jnp.array(1.0)}
+    state = vsam_jax.TrainState.create(
+        apply_fn=None, params=params, tx=optimizer('sam'), dynamic_scale=DynamicScale()
+    )
+    state, _ = jax.jit(vsam_jax.make_train_step(loss_fn))(state, jnp.ones(3))
+    assert float(state.params[owned]) == 2.0
+    assert float(optax.tree.norm(state.params['params'])) > 0
+
+
+def test_numbers_of_python_may_stand_in_a_collection():
+    assert stats_step({'n': jnp.zeros(())}, lambda stats: {'n': 3}) == {'n': 3}

@@ -230,3 +230,93 @@ def test_wrong_arguments_are_named():
     step = vsam_jax.PlannedNNXStep(vsam_jax.make_nnx_train_step(loss_fn))
     with pytest.raises(ValueError, match=r'exactly one VSAMState.* it holds 0'):
         step(model, optimizer, data())
+
+
+def test_only_what_the_optimizer_is_for_is_trained_and_perturbed():
+    model = nnx.LoRA(
+        3, 2, 3, base_module=nnx.Linear(3, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)
+    )
+    before = jnp.copy(model.base_module.kernel[...]), jnp.copy(model.lora_b[...])
+    tx = optax.chain(vsam_jax.sam(0.1), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    step = vsam_jax.make_nnx_train_step(
+        lambda model, x: (jnp.mean((model(x) - 1) ** 2), None)
+    )
+    nnx.jit(step)(model, optimizer, jnp.ones((4, 3)))
+    np.testing.assert_array_equal(model.base_module.kernel[...], before[0])
+    assert not np.array_equal(model.lora_b[...], before[1])
+
+
+def test_options_of_a_planned_nnx_step_reach_jit():
+    with pytest.raises(ValueError, match=r'donate_argnums must name .* donate_state'):
+        vsam_jax.PlannedNNXStep(lambda *args, sample: None, donate_argnums=0)
+
+
+def test_buffers_of_modules_are_donated_by_default():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    tx = optax.chain(vsam_jax.sam(), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    kernel = model.kernel.get_value()
+    loss_fn = lambda model, x: (jnp.mean(model(x) ** 2), None)
+    step = vsam_jax.PlannedNNXStep(vsam_jax.make_nnx_train_step(loss_fn))
+    step(model, optimizer, jnp.ones((4, 3)))
+    assert kernel.is_deleted()
+
+
+@pytest.mark.parametrize('driver', ['traced', 'planned'])
+def test_modules_among_the_arguments_are_updated_too(driver):
+    def train_step(model, optimizer, batch, rngs, loss, *, sample=None):
+        noise = jax.random.normal(rngs.noise(), batch[0].shape)
+        step = vsam_jax.make_nnx_train_step(loss_fn)
+        metrics = step(model, optimizer, (batch[0] + noise, batch[1]), sample=sample)
+        loss.update(values=metrics['loss'])
+        model.mode = 'trained'
+        return noise
+
+    model, optimizer = create(vsam_jax.steady_vsam(0.1))
+    rngs, loss = nnx.Rngs(noise=7), nnx.metrics.Average()
+    step = driver_of(driver, train_step)
+    noises = [step(model, optimizer, data(), rngs, loss) for _ in range(3)]
+    assert len({float(noise[0, 0]) for noise in noises}) == 3
+    assert int(rngs.noise.count[...]) == 3
+    assert float(loss.compute()) > 0
+    assert model.mode == 'trained'
+
+
+@pytest.mark.parametrize('driver', ['eager', 'traced', 'planned'])
+def test_variables_that_a_model_makes_are_kept(driver):
+    class Counting(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            if not hasattr(self, 'calls'):
+                self.calls = nnx.BatchStat(jnp.zeros(()))
+            self.calls[...] += 1
+            return self.linear(x)
+
+    model = Counting()
+    tx = optax.chain(vsam_jax.sam(0.1), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = vsam_jax.make_nnx_train_step(loss_fn)
+    step = step if driver == 'eager' else driver_of(driver, step)
+    for _ in range(3):
+        step(model, optimizer, data())
+    assert float(model.calls[...]) == 3
+    assert isinstance(model.calls, nnx.BatchStat)
+
+
+def test_what_is_no_array_may_stand_among_the_variables():
+    class Named(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+            self.scale = nnx.Variable(2)
+
+        def __call__(self, x):
+            return self.scale.get_value() * self.linear(x)
+
+    model = Named()
+    tx = optax.chain(vsam_jax.sam(0.1), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    vsam_jax.make_nnx_train_step(loss_fn)(model, optimizer, data())
+    assert int(optimizer.step[...]) == 1

@@ -143,3 +143,15 @@ def test_a_rising_ratio_raises_the_budget_and_a_falling_one_lowers_it():
     assert controller(halving, ones) == pytest.approx(2 * (1 - 0.05))
     assert controller([1.0, 1e6, 1e12, 1e18], doubling) == pytest.approx(2.6)
     assert controller([1.0, 0, 0, 0], [1.0, 0, 0, 0]) == pytest.approx(2 * 0.7)
+
+
+def test_a_number_on_the_threshold_is_a_sample():
+    plan = sampling.window_plan(jnp.float32(2), jnp.array([0.5, 0.1, 0.1, 0.6]))
+    assert plan.tolist() == [True, False, False, True]
+
+
+def test_plans_are_drawn_from_seed_and_window_as_ever():
+    """Else a run that another version resumes would have other plans."""
+    uniforms = sampling.window_uniforms(1, jnp.int32(2), 3)
+    expected = [0.68284010887146, 0.421869158744812, 0.4913320541381836]
+    np.testing.assert_array_equal(uniforms, np.float32(expected))

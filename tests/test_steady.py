@@ -192,3 +192,14 @@ def test_norms_of_the_picked_tensors_decide_the_weight():
 def test_steady_vsam_refuses(settings, error, message):
     with pytest.raises(error, match=message):
         vsam_jax.steady_vsam(**settings)
+
+
+def test_a_psf_serves_two_periods_less_one_step():
+    tx = vsam_jax.steady_vsam(0.1, every=3)
+    w = jnp.array([1.0, 2.0])
+    _, state = tx.update(w**3, tx.init(w), w, grad_fn=lambda p: p**3, sample=True)
+    reused = []
+    for _ in range(6):
+        direction, state = tx.update(w**3, state, w, sample=False)
+        reused.append(not np.array_equal(direction, w**3))
+    assert reused == [True] * 5 + [False]

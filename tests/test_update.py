@@ -8,6 +8,7 @@ import pytest
 
 import vsam_jax
 from tests import problems
+from vsam_jax import perturbation, reuse, sampling
 
 
 def small_vsam(**kwargs):
@@ -343,3 +344,57 @@ def test_stacked_and_nested_trees_give_the_same_numbers_as_a_flat_vector():
         results.append((np.concatenate(parts), float(state.budget)))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+
+
+def test_a_first_gradient_whose_norm_overflows_is_rejected():
+    tx = vsam_jax.vsam(0.1)
+    w = jnp.ones(2)
+    huge = jnp.full(2, 1e30)  # The same in both passes: s is zero.
+    _, state = tx.update(huge, tx.init(w), w, grad_fn=lambda p: huge, sample=True)
+    assert int(state.num_rejected) == 1
+    assert float(state.grad_norm) == 0
+
+
+def test_rejected_samples_count_as_samples():
+    tx = vsam_jax.vsam()
+    w = jnp.ones(2)
+    _, state = tx.update(w, tx.init(w), w, grad_fn=lambda p: p * jnp.nan, sample=True)
+    assert int(state.num_samples) == int(state.num_rejected) == 1
+
+
+def test_counters_stop_at_the_largest_number():
+    tx = vsam_jax.vsam(window=2, segments=1, warmup_steps=0, reuse_steps=2**31 - 2)
+    w, last = jnp.ones(2), 2**31 - 1
+    state = tx.init(w)
+    assert int(state.age) == last
+    state = state._replace(step=jnp.array(last, jnp.int32))
+    direction, state = tx.update(w, state, w, sample=False)
+    np.testing.assert_array_equal(direction, w)
+    assert int(state.age) == int(state.step) == last
+
+
+def test_a_decision_may_be_an_array_of_numpy():
+    tx = vsam_jax.vsam()
+    w = jnp.ones(2)
+    _, state = tx.update(w, tx.init(w), w, grad_fn=lambda p: p, sample=np.array(True))
+    assert bool(state.sampled)
+
+
+def test_statistics_have_the_widest_dtype_of_all_parameters():
+    with jax.enable_x64(True):
+        params = {'a': jnp.ones(2, jnp.bfloat16), 'b': jnp.ones(2, jnp.float64)}
+        state = vsam_jax.vsam().init(params)
+    assert state.budget.dtype == state.rings.norms.dtype == jnp.float64
+
+
+def test_without_warm_up_the_first_window_has_a_budget_of_its_own():
+    class Doubling(sampling.Periodic):
+        def init_budget(self, dtype):
+            return jnp.ones((), dtype)
+
+        def next_budget(self, budget, rings):
+            return 2 * budget
+
+    parts = perturbation.l2_ascent, Doubling(2), reuse.NoReuse()
+    state = vsam_jax.sharpness_aware(*parts, 0.1).init(jnp.ones(2))
+    assert float(state.budget) == 2

@@ -100,7 +100,7 @@ def floating_dtype(name: str, value: Any) -> Any:
     """Returns ``value`` as a floating-point dtype (None stays None)."""
     if value is None:
         return None
-    allowed = 'None or a floating-point dtype such as jnp.bfloat16'
+    allowed = 'None or a floating-point dtype of 16 bits or more such as jnp.bfloat16'
     try:
         dtype = jnp.dtype(value)
     except TypeError:
@@ -123,7 +123,8 @@ def _computable(dtype: Any) -> bool:
 
 def instance(name: str, value: Any, protocol: Any, example: str) -> Any:
     """Returns ``value`` if it has what ``protocol`` asks for, or raises."""
-    if not isinstance(value, protocol):
+    # A class has the attributes of its instances.
+    if isinstance(value, type) or not isinstance(value, protocol):
         raise TypeError(
             f'{name} must be a {protocol.__name__}, such as {example}, got {value!r}.'
         )
@@ -223,11 +224,12 @@ def floating_leaves(name: str, tree: PyTree) -> None:
                 f'{name} must hold arrays; at {_where(path)} it holds {leaf!r}.'
             )
         if not _computable(leaf.dtype):
+            complex_ones = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
             raise TypeError(
-                f'{name} must hold real floating-point arrays; at {_where(path)} the'
-                f' dtype is {leaf.dtype}. (For complex parameters wrap the whole'
-                ' optimizer in optax.contrib.split_real_and_imaginary and take'
-                ' grad_fn with respect to the split tree.)'
+                f'{name} must hold real floating-point arrays of 16 bits or more; at'
+                f' {_where(path)} the dtype is {leaf.dtype}.'
+                + ' Make leaves of the real and the imaginary parts.'
+                * complex_ones
             )
 
 

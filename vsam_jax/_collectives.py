@@ -25,6 +25,13 @@ def mean(tree: PyTree, axis_name: AxisName) -> PyTree:
     return jax.tree.map(reduce, tree)
 
 
+def largest(tree: PyTree, axis_name: AxisName) -> PyTree:
+    """The largest numbers of all devices, the same on each of them."""
+    if axis_name is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.pmax(x, axis_name), tree)
+
+
 def own_copy(params: PyTree, axis_name: AxisName) -> PyTree:
     """Replicated parameters as a value that each device has for itself.
 

@@ -25,7 +25,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         Scalars by name (or stacked ones, where the state is stacked):
 
         - ``sampling_rate``: the share of updates so far that took a second gradient.
-        - ``budget``: b, how many steps of the current window are sampled (⌊b⌋).
+        - ``budget``: b, how many steps of the current window are sampled (⌊b⌋; after
+          warm-up, in which all are).
         - ``sampled``: whether the latest update took a second gradient.
         - ``grad_norm``, ``psf_norm``: ‖g‖ and ‖s‖ of the latest usable sample.
         - ``psf_age``: how many updates ago that was; before there was one, more than

@@ -15,7 +15,9 @@ def widen(x: jax.Array) -> jax.Array:
 def statistics_dtype(tree: PyTree) -> jnp.dtype:
     """The widest of float32 and the dtypes of the leaves of ``tree``."""
     leaves = jax.tree.leaves(tree)
-    return jnp.result_type(jnp.float32, *(leaf.dtype for leaf in leaves))
+    # As JAX holds them: NumPy's may be wider.
+    dtypes = (jax.dtypes.canonicalize_dtype(leaf.dtype) for leaf in leaves)
+    return jnp.result_type(jnp.float32, *dtypes)
 
 
 def wide_norm(tree: PyTree, dtype: DTypeLike = None) -> jax.Array:

@@ -5,12 +5,13 @@ numbers, the running statistics as they were before. What it does to those
 statistics is thrown away.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training.dynamic_scale import DynamicScale
 
 from vsam_jax import _checks, _numerics, convolutions
@@ -97,6 +98,11 @@ def check_accumulation(tx: Any, opt_state: PyTree) -> None:
         )
 
 
+def has_overwrites(grads: PyTree) -> bool:
+    """Whether there is flax's collection of what takes the place of parameters."""
+    return isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
+
+
 def micro_batches(num_micro_batches: Any) -> int:
     """Checks the argument of that name."""
     return _checks.integer('num_micro_batches', num_micro_batches, low=1)
@@ -109,7 +115,13 @@ def _gradient(loss_fn: LossFn, dynamic_scale: DynamicScale | None) -> Gradient:
 
     def gradient(*args: Any) -> tuple[PyTree, tuple[PyTree, Any]]:
         result = scaled(*args)
-        return result.grad, result.aux[1]
+        grads = result.grad
+        if has_overwrites(grads):
+            # These are no gradients: no scale is in them, so none comes out.
+            values = grads[OVERWRITE_WITH_GRADIENT]
+            values = optax.tree.scale(dynamic_scale.scale, values)
+            grads = {**grads, OVERWRITE_WITH_GRADIENT: values}
+        return grads, result.aux[1]
 
     return gradient
 
@@ -164,9 +176,12 @@ def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
     if jax.tree.structure(old) != jax.tree.structure(new):
         return new  # Something was added.
 
-    # Unlike optax.tree.cast_like, which random keys among them would refuse.
-    def cast(o: Any, n: jax.Array) -> jax.Array:
-        dtype = getattr(o, 'dtype', n.dtype)
-        return n if n.dtype == dtype else n.astype(dtype)
+    # Unlike optax.tree.cast_like, which random keys among them would refuse, and
+    # numbers that are no arrays.
+    def cast(o: Any, n: Any) -> Any:
+        wanted, given = (getattr(x, 'dtype', None) for x in (o, n))
+        if wanted is None or given is None or wanted == given:
+            return n
+        return n.astype(wanted)
 
     return jax.tree.map(cast, old, new)

@@ -92,10 +92,11 @@ def save(
             writes in the background, from a copy: the state may be donated to the next
             step at once.
         step: the number of the checkpoint.
-        state: any tree of arrays: a :class:`vsam_jax.TrainState`, ``(params,
-            opt_state)``. PRNG keys are arrays too.
+        state: any tree of arrays with more to it than one array: a
+            :class:`vsam_jax.TrainState`, ``(params, opt_state)``. PRNG keys are arrays
+            too.
         config: every setting that decides how the run goes on: JSON values, arrays
-            and dtypes. :func:`settings_of` collects those of a method.
+            of real numbers and dtypes. :func:`settings_of` collects those of a method.
         **options: passed on to ``manager.save``, such as ``metrics`` or ``force``.
 
     Returns:
@@ -103,6 +104,7 @@ def save(
 
     Raises:
         TypeError: if ``config`` holds something that cannot be stored and compared.
+        ValueError: if two keys of ``config`` are the same in JSON.
 
     Example:
         >>> import functools, tempfile
@@ -160,7 +162,8 @@ def restore(
     Raises:
         FileNotFoundError: if there is no complete checkpoint (of that step).
         ValueError: if settings, or structure, shapes or dtypes of the state, differ
-            from those of the checkpoint. The message lists the differences.
+            from those of the checkpoint (the message lists the differences), or if
+            something else than :func:`save` wrote it.
     """
     import orbax.checkpoint as ocp
 
@@ -172,10 +175,16 @@ def restore(
             f'{manager.directory} holds no complete checkpoint'
             + (f' of step {step}; it holds {sorted(steps)}.' if steps else '.')
         )
-    found = manager.restore(
-        step,
-        args=ocp.args.Composite(**{_CONFIGURATION: ocp.args.JsonRestore()}),
-    )[_CONFIGURATION]
+    try:
+        found = manager.restore(
+            step,
+            args=ocp.args.Composite(**{_CONFIGURATION: ocp.args.JsonRestore()}),
+        )[_CONFIGURATION]
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f'The checkpoint of step {step} in {manager.directory} must be one that'
+            f' vsam_jax.checkpoint.save wrote, but has no {_CONFIGURATION!r} in it.'
+        ) from error
     wanted = _configuration(config, like)
     differences = _differences('config', found['config'], wanted['config'])
     differences += _differences('state', found['state'], wanted['state'])
@@ -216,12 +225,22 @@ def _array_type(x: Any) -> str:
 def _plain(where: str, value: Any) -> Any:
     """``value`` as JSON gives it back, or an error that says where it cannot be."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(f'{where}[{k!r}]', v) for k, v in value.items()}
+        plain = {str(k): _plain(f'{where}[{k!r}]', v) for k, v in value.items()}
+        if len(plain) < len(value):
+            raise ValueError(
+                f'{where} must have keys that differ as strings, got {[*value]!r}.'
+            )
+        return plain
     if isinstance(value, (list, tuple)):
         return [_plain(f'{where}[{i}]', v) for i, v in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+    is_array = isinstance(value, (np.ndarray, np.generic, jax.Array))
+    # NumPy knows bfloat16 for no number, and JAX keys for no NumPy array.
+    if is_array and any(
+        jnp.issubdtype(value.dtype, kind)
+        for kind in (jnp.bool_, jnp.integer, jnp.floating)
+    ):
         return value.tolist()
     # NumPy makes a dtype of more than dtypes: of any class that of objects.
     scalars = (np.generic, bool, int, float, complex)
@@ -229,9 +248,9 @@ def _plain(where: str, value: Any) -> Any:
     if is_scalar or isinstance(value, (np.dtype, type(jnp.float32))):
         return jnp.dtype(value).name
     raise TypeError(
-        f'{where} must be a JSON value, an array or a dtype, so that it can be'
-        f' stored and compared, got {value!r}. Describe a function or a class by its'
-        " name and numbers, such as 'cosine from 0.05 to 0 in 1000 steps'."
+        f'{where} must be a JSON value, an array of real numbers or a dtype, so that it'
+        f' can be stored and compared, got {value!r}. Describe a function or a class by'
+        " its name and numbers, such as 'cosine from 0.05 to 0 in 1000 steps'."
     )
 
 

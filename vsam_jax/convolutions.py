@@ -41,7 +41,7 @@ def canonical(function: Callable[P, T]) -> Callable[P, T]:
 
     Args:
         function: of pytrees of arrays, which it does not change in place (split an
-            ``nnx.Module`` before). What it calls, and what ``jax.grad`` and its
+            module of NNX before). What it calls, and what ``jax.grad`` and its
             relatives make inside of it, is rewritten too; a gradient that is taken of
             the result is not, so wrap last.
 
@@ -55,7 +55,7 @@ def canonical(function: Callable[P, T]) -> Callable[P, T]:
         on this one, and rewritten.)
 
     Raises:
-        TypeError: when it is called with an ``nnx.Module``.
+        TypeError: when it is called with an object of NNX, such as a module.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -98,11 +98,14 @@ def _is_tracing() -> bool:
 
 
 def _check_pure(args: Any, kwargs: Any) -> None:
-    is_module = lambda x: isinstance(x, nnx.Module)
-    if any(map(is_module, jax.tree.leaves((args, kwargs), is_leaf=is_module))):
+    # Modules, optimizers, metrics, streams of random numbers.
+    is_object = lambda x: isinstance(x, nnx.Pytree)
+    found = filter(is_object, jax.tree.leaves((args, kwargs), is_leaf=is_object))
+    for x in found:
         raise TypeError(
-            'The function must not be called with an nnx.Module: it would change a copy'
-            ' of it. Split it before (nnx.split), and merge it inside of the function.'
+            f'The function must not be called with objects of NNX, got {type(x)}: it'
+            ' would change a copy. Split them before (nnx.split), and merge them inside'
+            ' of the function.'
         )
 
 

@@ -125,7 +125,7 @@ def vsam(
         An :class:`optax.GradientTransformationExtraArgs` with state
         :class:`vsam_jax.VSAMState`.
 
-        Parameters are real floating-point arrays of any dtype. ε, norms,
+        Parameters are real floating-point arrays of 16 bits or more. ε, norms,
         statistics and directions are computed in float32 or wider; w + ε is
         rounded to the parameters' dtypes, and for bfloat16 or float16 parameters
         much of ε is lost in that (:func:`vsam_jax.perturbation.perturb`). The
@@ -157,10 +157,10 @@ def vsam(
       :func:`vsam_jax.convolutions.canonical`, as the step builders do
       (``num_micro_batches`` of :func:`vsam_jax.make_train_step`).
       ``optax.MultiSteps`` around vsam runs the inner update on every
-      mini-step; it is right if ``sample=False`` on all but the last one, whose
-      ``grad_fn`` covers the whole batch. After vsam, as in ``chain(vsam,
-      MultiSteps(sgd, k).gradient_transformation())``, it averages the directions
-      of mini-batches that have a perturbation each.
+      mini-step; it is right in a traced step if ``sample=False`` on all but the
+      last one, whose ``grad_fn`` covers the whole batch. After vsam, as in
+      ``chain(vsam, MultiSteps(sgd, k).gradient_transformation())``, it averages the
+      directions of mini-batches that have a perturbation each.
 
     References:
         Deng et al., `Effective Gradient Sample Size via Variation Estimation for

@@ -5,6 +5,7 @@ of the SAM family differ in it by the geometry in which ε has the length ρ.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +113,14 @@ def all_but_biases(params: PyTree) -> PyTree:
         >>> print(perturbation.all_but_biases({'Dense': {'bias': 0.0, 'kernel': 1.0}}))
         {'Dense': {'bias': False, 'kernel': True}}
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) != 'bias', params
-    )
+    # What stands in a box of Flax, or in a variable, is called `value` in it.
+    boxed = jax.tree_util.GetAttrKey('value')
+
+    def is_scaled(path: tuple[Any, ...], _: Any) -> bool:
+        names = path[:-1] if path[-1:] == (boxed,) else path
+        return jax.tree_util.keystr(names[-1:], simple=True) != 'bias'
+
+    return jax.tree_util.tree_map_with_path(is_scaled, params)
 
 
 def perturb(
@@ -138,18 +144,20 @@ def perturb(
         params: w.
         rho: ρ, a scalar.
         mask: a tree of booleans like ``params``. Tensors at False stay as they are
-            and do not count in the norm. None perturbs all.
+            and do not count in the norm: their g is zero. None perturbs all.
 
     Returns:
         A tree like ``params``.
     """
-    selected = lambda tree: select(tree, mask)
-    epsilon = perturbation(selected(grads), selected(params), rho)
+    if mask is None:
+        mask = jax.tree.map(lambda _: True, grads)
+    # Zeros rather than nothing: the perturbation sees the tree that it knows.
+    picked = jax.tree.map(lambda m, g: g if m else jnp.zeros_like(g), mask, grads)
     return jax.tree.map(
-        lambda e, p: p if e is None else _numerics.add_scaled(p, 1.0, e),
-        epsilon,
+        lambda m, e, p: _numerics.add_scaled(p, 1.0, e) if m else p,
+        mask,
+        perturbation(picked, params, rho),
         params,
-        is_leaf=lambda node: node is None,
     )
 
 

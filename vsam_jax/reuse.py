@@ -231,7 +231,9 @@ class RescaledOrthogonal:
     On a sampled step g_SAM = κ g + g_v with κ = ⟨g_SAM, g⟩ / ‖g‖² and g_v ⊥ g. The
     memory is m = g_v / ‖g_v‖ and the direction κ g + ‖g_v‖ m. Between samples
     g_v is scaled with the fresh gradient: g + α ‖g‖ m. A g_v that is no longer
-    than the rounding error of g_SAM counts as zero, and so does its m.
+    than the rounding error of g_SAM, by the dtype that it comes in, counts as zero,
+    and so does its m. (What was computed in bfloat16 and comes in float32 tells
+    nothing of that error.)
 
     Attributes:
         gain: α.
@@ -262,7 +264,8 @@ class RescaledOrthogonal:
         norm = optax.tree.norm(orthogonal)
         # Scaled to length one, rounding errors would become a direction of their
         # own: in one dimension, or on a quadratic bowl, there is nothing else.
-        noise = 8 * jnp.finfo(norm.dtype).eps * optax.tree.norm(g_sam)
+        eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(sam_grads))
+        noise = 8 * eps * optax.tree.norm(g_sam)
         inverse = jnp.where(norm <= noise, 0, 1 / jnp.where(norm == 0, 1, norm))
         unit = optax.tree.scale(inverse, orthogonal)
         return optax.tree.cast_like(unit, memory), (kappa, norm)
@@ -314,7 +317,8 @@ class NoReuse:
 
 
 def _zeros(params: PyTree, dtype: DTypeLike) -> PyTree:
-    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=dtype or p.dtype), params)
+    own = lambda p: dtype or jax.dtypes.canonicalize_dtype(p.dtype)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, dtype=own(p)), params)
 
 
 def psf_of(grads: PyTree, sam_grads: PyTree) -> PyTree:

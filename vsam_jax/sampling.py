@@ -139,7 +139,7 @@ def window_plan(budget: jax.Array, uniforms: jax.Array) -> jax.Array:
     window = uniforms.shape[0]
     quota = jnp.floor(budget).astype(jnp.int32)
     hit = uniforms >= 1 - budget / window
-    hits_before = jnp.cumsum(hit, dtype=jnp.int32) - hit
+    hits_before = jnp.cumsum(hit, dtype=jnp.int32) - hit.astype(jnp.int32)
     remaining = window - jnp.arange(window, dtype=jnp.int32)
     return (hit & (hits_before < quota)) | (remaining <= quota - hits_before)
 
@@ -156,7 +156,8 @@ def window_uniforms(seed: int, window_index: jax.Array, window: int) -> jax.Arra
         window: K.
 
     Returns:
-        A float32 array [K] in [0, 1), the same in 32- and 64-bit mode.
+        A float32 array [K] in [0, 1), the same in 32- and 64-bit mode. (With
+        ``jax_threefry_partitionable`` off, which is on by default, it is another one.)
     """
     # (seed, window) is the whole 64-bit key, so that drawing is one pass of the
     # generator; it is named, so that jax_default_prng_impl changes no plan.

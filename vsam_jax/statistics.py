@@ -123,5 +123,6 @@ def relative_change(ring: jax.Array, filled: jax.Array) -> jax.Array:
     # Below the smallest normal number some devices divide by zero.
     valid = exists & (previous >= jnp.finfo(ring.dtype).tiny)
     change = jnp.where(valid, (current - previous) / jnp.where(valid, previous, 1), 0)
-    mean = change.sum() / jnp.maximum(valid.sum(), 1)
+    number = valid.sum(dtype=ring.dtype)
+    mean = change.sum() / jnp.maximum(number, 1)
     return jnp.clip(mean, -1, 1).astype(ring.dtype)

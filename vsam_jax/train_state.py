@@ -6,7 +6,7 @@ in training mode in both, and its running statistics come from the first alone. 
 overflow of a scaled loss skips the update and leaves no trace.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import chex
@@ -62,7 +62,8 @@ class TrainState(flax_train_state.TrainState):
             **kwargs: further fields of a subclass.
 
         Returns:
-            A new state whose buffers may be donated.
+            A new state whose buffers may be donated (those of ``params`` are among
+            them).
         """
         if dynamic_scale is not None:
             # Arrays from the start: Python numbers would compile the step twice.
@@ -103,7 +104,7 @@ class TrainState(flax_train_state.TrainState):
         Returns:
             The state of the next step.
         """
-        if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
+        if _passes.has_overwrites(grads):
             whole = self.params
             trained = self.replace(params=whole['params']).apply_gradients(
                 grads=grads['params'],
@@ -226,17 +227,23 @@ def make_train_step(
             num_micro_batches=num_micro_batches,
             dynamic_scale=state.dynamic_scale,
         )
+        grads = passes.grads
+        if _passes.has_overwrites(grads):
+            # Sizes that were seen: over all devices the largest ones count.
+            seen = _collectives.largest(grads[OVERWRITE_WITH_GRADIENT], axis_name)
+            grads = {**grads, OVERWRITE_WITH_GRADIENT: seen}
         # The methods of this package average for themselves, others know no devices.
         plain = not states_in(state.opt_state)
         new_state = state.apply_gradients(
-            grads=_collectives.mean(passes.grads, axis_name if plain else None),
-            grad_fn=passes.grad_fn,
+            grads=_collectives.mean(grads, axis_name if plain else None),
+            # What is not perturbed is still what all devices share.
+            grad_fn=lambda p: passes.grad_fn(_collectives.own_copy(p, axis_name)),
             sample=sample,
             batch_stats=_collectives.mean(passes.collections, axis_name),
         )
         if state.dynamic_scale is not None:
             # What overflows on one device is skipped on all of them.
-            grads = _collectives.mean(passes.grads, axis_name)
+            grads = _collectives.mean(grads, axis_name)
             new_state = _skip_overflow(state, new_state, grads)
         return new_state, passes.aux
 

@@ -242,8 +242,8 @@ def sharpness_aware(
             grad_norm=outcome.grad_norm,
             psf_norm=outcome.psf_norm,
             sampled=taken,
-            num_samples=state.num_samples + taken,
-            num_rejected=state.num_rejected + rejected,
+            num_samples=state.num_samples + taken.astype(jnp.int32),
+            num_rejected=state.num_rejected + rejected.astype(jnp.int32),
         )
 
     # optax types states as array trees, which a NamedTuple of arrays is.

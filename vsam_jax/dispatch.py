@@ -187,13 +187,12 @@ class PlannedStep:
         Returns:
             What ``train_step`` returns.
         """
+        continues = self._windows.precede(state)
         # What came out of a program has buffers of its own, unless somebody put one
         # of its arrays into a second place since.
-        if self._donates and (
-            not self._windows.precede(state) or holds_an_array_twice(state)
-        ):
+        if self._donates and (not continues or holds_an_array_twice(state)):
             state = with_own_buffers(state)
-        sample = self._windows.decide(state, sample)
+        sample = self._windows.decide(state, sample, continues)
         output = self._programs[sample](state, *args)
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
@@ -219,19 +218,20 @@ class Windows:
         """Whether ``state`` is the one that the last step returned."""
         return self._window is not None and self._window.precedes(state)
 
-    def decide(self, state: Any, sample: Any) -> bool:
+    def decide(self, state: Any, sample: Any, continues: bool) -> bool:
         """Whether the next step is sampled.
 
         Args:
             state: what the step starts from, with a :class:`VSAMState` in it.
             sample: the caller's decision, None for that of the plan.
+            continues: what :meth:`precede` says of the state.
 
         Returns:
             The decision.
         """
         if sample is not None:
             sample = _decision(sample)
-        window, continues = self._window, self.precede(state)
+        window = self._window
         if window is None or not continues or window.taken == len(window.plan):
             new = _Window.read(state)
             self.num_reads += 1

@@ -166,11 +166,11 @@ class PlannedNNXStep:
             What ``train_step`` returns.
         """
         state = _small_state(optimizer)
-        if self._donates and not self._windows.precede(state):
+        continues = self._windows.precede(state)
+        if self._donates and not continues:
             modules = (model, optimizer)
             nnx.update(modules, with_own_buffers(nnx.state(modules)))
-            state = _small_state(optimizer)
-        sample = self._windows.decide(state, sample)
+        sample = self._windows.decide(state, sample, continues)
         result = self._programs[sample](model, optimizer, *args)
         self._windows.follow(_small_state(optimizer))
         return result

@@ -151,7 +151,8 @@ def _device_work(profile: Any) -> Iterable[tuple[float, float]]:
             if not accelerator and not line.name.startswith('tf_XLA'):
                 continue
             for event in line.events:
-                if accelerator or event.name == 'ThunkExecutor::Execute':
+                # Loops and what is shared among threads stand apart from the program.
+                if accelerator or 'wait' not in event.name.lower():
                     yield event.start_ns, event.start_ns + event.duration_ns
 
 

@@ -404,3 +404,9 @@ def test_options_may_be_left_as_jit_has_them():
     params = problems.mlp_params()
     driver((params, vsam_jax.vsam().init(params)), problems.mlp_batches(1)[0])
     assert params[0].is_deleted()
+
+
+def test_a_state_made_inside_of_jit_has_buffers_of_its_own():
+    create = lambda params: with_own_buffers((params, params))
+    one, other = jax.jit(create)(jnp.ones(2))
+    assert one.unsafe_buffer_pointer() != other.unsafe_buffer_pointer()

@@ -394,3 +394,11 @@ def test_rounding_is_no_direction_of_looksam(dtype):
     np.testing.assert_array_equal(state.psf, jnp.zeros(256))
     direction, _ = tx.update(w, state, w, sample=False)
     np.testing.assert_array_equal(direction, w)
+
+
+@pytest.mark.parametrize('name', list(problems.METHODS))
+def test_no_parameters_are_a_tree_too(name):
+    tx = problems.METHODS[name](0.1)
+    direction, state = tx.update({}, tx.init({}), {}, grad_fn=lambda p: p)
+    assert direction == {}
+    assert int(state.step) == 1

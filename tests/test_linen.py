@@ -348,24 +348,30 @@ def test_an_optimizer_without_a_second_gradient_works_with_a_loss_scale(half_ste
 # --- Other optimizers, other parameters ------------------------------------------
 
 
+OWNED = '_overwrite_with_gradient'
+
+
+@jax.custom_vjp
+def in_8_bits(x, scale):
+    """As with 8-bit floats: the "gradient" of a scale is its next value."""
+    return x
+
+
+in_8_bits.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g, 2 * scale))
+
+
 def test_scales_of_8_bit_floats_are_overwritten_and_not_perturbed():
     """As flax does it: their gradient is their next value."""
-    owned = '_overwrite_with_gradient'
     seen = []
 
     def loss_fn(params, batch_stats, batch, key):
-        @jax.custom_vjp
-        def scaled(x, scale):
-            return x
-
-        scaled.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g, 2 * scale))
-        jax.debug.callback(lambda s: seen.append(float(s)), params[owned])
-        w = scaled(params['params'], params[owned])
+        jax.debug.callback(lambda s: seen.append(float(s)), params[OWNED])
+        w = in_8_bits(params['params'], params[OWNED])
         loss = jnp.sum((w - batch) ** 2)
         return loss, (batch_stats, loss)
 
     def train(tx):
-        params = {'params': jnp.zeros(3), owned: jnp.array(1.0)}
+        params = {'params': jnp.zeros(3), OWNED: jnp.array(1.0)}
         state = vsam_jax.TrainState.create(apply_fn=None, params=params, tx=tx)
         step = jax.jit(vsam_jax.make_train_step(loss_fn))
         for _ in range(3):
@@ -374,7 +380,7 @@ def test_scales_of_8_bit_floats_are_overwritten_and_not_perturbed():
         return state
 
     state = train(optimizer('sam'))
-    assert float(state.params[owned]) == 8.0
+    assert float(state.params[OWNED]) == 8.0
     assert sorted(seen) == [1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
     w, tx = jnp.zeros(3), optimizer('sam')
     opt_state, gradient = tx.init(w), lambda w: 2 * (w - 1.0)
@@ -446,8 +452,7 @@ def test_a_new_train_state_has_an_empty_collection_of_statistics():
 
 
 def test_beside_scales_of_8_bit_floats_everything_else_works_as_ever():
-    owned = '_overwrite_with_gradient'
-    params = {'params': jnp.ones(3), owned: jnp.array(1.0)}
+    params = {'params': jnp.ones(3), OWNED: jnp.array(1.0)}
     state = vsam_jax.TrainState.create(
         apply_fn=None, params=params, tx=vsam_jax.sam(), batch_stats={'mean': 0.0}
     )
@@ -461,24 +466,17 @@ def test_beside_scales_of_8_bit_floats_everything_else_works_as_ever():
 
 def test_a_loss_scale_is_not_taken_out_of_what_it_is_not_in():
     """Scales of 8-bit floats come out of the backward pass as they are."""
-    owned = '_overwrite_with_gradient'
-
-    @jax.custom_vjp
-    def scaled(x, scale):
-        return x
-
-    scaled.defvjp(lambda x, scale: (x, scale), lambda scale, g: (g, 2 * scale))
 
     def loss_fn(params, batch_stats, batch, key):
-        loss = jnp.sum((scaled(params['params'], params[owned]) - batch) ** 2)
+        loss = jnp.sum((in_8_bits(params['params'], params[OWNED]) - batch) ** 2)
         return loss, (batch_stats, loss)
 
-    params = {'params': jnp.zeros(3), owned: jnp.array(1.0)}
+    params = {'params': jnp.zeros(3), OWNED: jnp.array(1.0)}
     state = vsam_jax.TrainState.create(
         apply_fn=None, params=params, tx=optimizer('sam'), dynamic_scale=DynamicScale()
     )
     state, _ = jax.jit(vsam_jax.make_train_step(loss_fn))(state, jnp.ones(3))
-    assert float(state.params[owned]) == 2.0
+    assert float(state.params[OWNED]) == 2.0
     assert float(optax.tree.norm(state.params['params'])) > 0
 
 

@@ -1,5 +1,7 @@
 """What is said of programs and hosts is true."""
 
+import types
+
 import pytest
 
 from experiments import profile
@@ -59,3 +61,20 @@ def test_a_profile_is_made_and_shown():
     }
     text = profile.markdown(content)
     assert all(f'| {title} |' in text for title in programs.PROGRAMS)
+
+
+def test_what_waits_on_a_cpu_does_not_work():
+    event = lambda name, start, end: types.SimpleNamespace(
+        name=name, start_ns=start, duration_ns=end - start
+    )
+    events = [
+        event('ThunkExecutor::Execute', 0, 1),
+        event('ThunkExecutor::Execute (wait for completion)', 0, 9),
+        event('convolution.3', 2, 3),  # In a loop.
+        event('SlinkyThreadPool::Await', 3, 9),
+    ]
+    line = lambda name: types.SimpleNamespace(name=name, events=events)
+    lines = [line('tf_XLAEigen/1'), line('python')]
+    plane = types.SimpleNamespace(name='/host:CPU', lines=lines)
+    profile = types.SimpleNamespace(planes=[plane])
+    assert list(host._device_work(profile)) == [(0, 1), (2, 3)]

@@ -224,12 +224,12 @@ def floating_leaves(name: str, tree: PyTree) -> None:
                 f'{name} must hold arrays; at {_where(path)} it holds {leaf!r}.'
             )
         if not _computable(leaf.dtype):
-            complex_ones = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+            hint = ''
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                hint = ' Make leaves of the real and the imaginary parts.'
             raise TypeError(
                 f'{name} must hold real floating-point arrays of 16 bits or more; at'
-                f' {_where(path)} the dtype is {leaf.dtype}.'
-                + ' Make leaves of the real and the imaginary parts.'
-                * complex_ones
+                f' {_where(path)} the dtype is {leaf.dtype}.{hint}'
             )
 
 

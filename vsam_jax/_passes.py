@@ -16,7 +16,7 @@ from flax.training.dynamic_scale import DynamicScale
 
 from vsam_jax import _checks, _numerics, convolutions
 from vsam_jax._types import DTypeLike, PyTree
-from vsam_jax.state import states_in
+from vsam_jax.state import is_accumulated
 
 # (params, collections, batch, key) -> (loss, (collections, aux))
 LossFn = Callable[..., tuple[jax.Array, tuple[PyTree, Any]]]
@@ -87,9 +87,9 @@ def extra_args(tx: Any, **arguments: Any) -> dict[str, Any]:
     return arguments if isinstance(tx, takes) else {}
 
 
-def check_accumulation(tx: Any, opt_state: PyTree) -> None:
+def check_accumulation(opt_state: PyTree) -> None:
     """Raises where a second gradient would not be that of the whole mini-batch."""
-    if isinstance(tx, optax.MultiSteps) and states_in(opt_state):
+    if is_accumulated(opt_state):
         raise ValueError(
             'tx must not be optax.MultiSteps around a method of vsam_jax here: the'
             ' second gradient would be that of the last mini-step alone. Give'

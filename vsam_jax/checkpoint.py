@@ -183,7 +183,8 @@ def restore(
     except (KeyError, ValueError) as error:
         raise ValueError(
             f'The checkpoint of step {step} in {manager.directory} must be one that'
-            f' vsam_jax.checkpoint.save wrote, but has no {_CONFIGURATION!r} in it.'
+            f' vsam_jax.checkpoint.save wrote, but has no {_CONFIGURATION!r} that can'
+            ' be read.'
         ) from error
     wanted = _configuration(config, like)
     differences = _differences('config', found['config'], wanted['config'])

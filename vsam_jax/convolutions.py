@@ -100,12 +100,12 @@ def _is_tracing() -> bool:
 def _check_pure(args: Any, kwargs: Any) -> None:
     # Modules, optimizers, metrics, streams of random numbers.
     is_object = lambda x: isinstance(x, nnx.Pytree)
-    found = filter(is_object, jax.tree.leaves((args, kwargs), is_leaf=is_object))
-    for x in found:
+    leaves = jax.tree.leaves((args, kwargs), is_leaf=is_object)
+    if found := {type(x).__name__ for x in leaves if is_object(x)}:
         raise TypeError(
-            f'The function must not be called with objects of NNX, got {type(x)}: it'
-            ' would change a copy. Split them before (nnx.split), and merge them inside'
-            ' of the function.'
+            'The function must not be called with objects of NNX, got'
+            f' {", ".join(sorted(found))}: it would change a copy. Split them before'
+            ' (nnx.split), and merge them inside of the function.'
         )
 
 

@@ -16,15 +16,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import core
 
 from vsam_jax import convolutions
 from vsam_jax.state import (
     VSAMState,
     holds_an_array_twice,
+    is_accumulated,
     locate_state,
-    states_in,
     with_own_buffers,
 )
 
@@ -152,11 +151,7 @@ class PlannedStep:
                 'train_step must be a function (state, *args, sample) -> (state,'
                 f' anything), got {train_step!r}.'
             )
-        options = with_donation((0,) if donate_state else (), (0,), jit_options)
-        self._programs = {
-            sample: jax.jit(specialize(train_step, sample), **options)
-            for sample in (True, False)
-        }
+        self._programs = programs(jax.jit, train_step, (0,), donate_state, jit_options)
         self._donates = donate_state
         self._windows = Windows()
 
@@ -252,18 +247,24 @@ class Windows:
         self._window.follow(state)
 
 
-def with_donation(
-    donated: tuple[int, ...], places: tuple[int, ...], options: dict[str, Any]
-) -> dict[str, Any]:
-    """The options of a jit that donates the state or does not.
+def programs(
+    jit: Callable[..., Any],
+    train_step: Callable[..., Any],
+    places: tuple[int, ...],
+    donate_state: bool,
+    options: dict[str, Any],
+) -> dict[bool, Any]:
+    """The two programs of a step, by whether it is sampled.
 
     Args:
-        donated: which arguments of the state are donated.
-        places: which arguments the state is.
-        options: as the caller gave them; they may donate other arguments.
+        jit: ``jax.jit`` or ``nnx.jit``.
+        train_step: takes ``sample``, by name.
+        places: which arguments of it are the state.
+        donate_state: whether they are donated.
+        options: of ``jit``; they may donate other arguments.
 
     Returns:
-        The options.
+        Jitted functions of the arguments without ``sample``.
     """
     given = options.get('donate_argnums')
     others = (given,) if isinstance(given, int) else tuple(given or ())
@@ -273,7 +274,12 @@ def with_donation(
             'donate_argnums must name arguments after the state, by their places, got'
             f' {named}: donate_state says whether the state is donated.'
         )
-    return {**options, 'donate_argnums': (*donated, *others)}
+    donated = (*places, *others) if donate_state else others
+    options = {**options, 'donate_argnums': donated}
+    return {
+        sample: jit(_specialize(train_step, sample), **options)
+        for sample in (True, False)
+    }
 
 
 def _decision(sample: Any) -> bool:
@@ -282,7 +288,7 @@ def _decision(sample: Any) -> bool:
     return bool(sample)
 
 
-def specialize(train_step: Callable[..., Any], sample: bool) -> Callable[..., Any]:
+def _specialize(train_step: Callable[..., Any], sample: bool) -> Callable[..., Any]:
     """The step of which it is known whether it is sampled."""
 
     @functools.wraps(train_step)
@@ -324,7 +330,14 @@ class _Window:
         """Reads the plan of the window that the state stands in; synchronises."""
         leaf, vsam_state = locate_state(state)
         _check_plan(vsam_state)
-        _check_every_call_counts(state)
+        if is_accumulated(state):
+            raise ValueError(
+                'state must not hold optax.MultiSteps around a method of vsam_jax, got'
+                ' one: the plan counts updates, and this would be called once per'
+                ' mini-step. Jit train_step as it is (traced), give num_micro_batches'
+                ' to the function that builds it, or put optax.MultiSteps around what'
+                ' comes after the method.'
+            )
         plan, position, step = jax.device_get(
             (vsam_state.plan, vsam_state.position, vsam_state.step)
         )
@@ -364,17 +377,3 @@ def _check_plan(vsam_state: VSAMState) -> None:
             ' the plan on the host. Inside jit, scan or vmap call train_step itself'
             ' with sample=None.'
         )
-
-
-def _check_every_call_counts(state: Any) -> None:
-    """Raises where a wrapper makes some calls without advancing the method."""
-    is_wrapper = lambda node: isinstance(node, optax.MultiStepsState)
-    for node in filter(is_wrapper, jax.tree.leaves(state, is_leaf=is_wrapper)):
-        if states_in(node.inner_opt_state):
-            raise ValueError(
-                'state must not hold optax.MultiSteps around a method of vsam_jax, got'
-                ' one: the plan counts updates, and this would be called once per'
-                ' mini-step. Jit train_step as it is (traced), give num_micro_batches'
-                ' to the function that builds it, or put optax.MultiSteps around what'
-                ' comes after the method.'
-            )

@@ -14,7 +14,7 @@ from flax import nnx
 
 from vsam_jax import _passes
 from vsam_jax._types import PyTree
-from vsam_jax.dispatch import Windows, specialize, with_donation
+from vsam_jax.dispatch import Windows, programs
 from vsam_jax.state import is_state, with_own_buffers
 
 
@@ -27,7 +27,8 @@ def make_nnx_train_step(
 
     Args:
         loss_fn: ``loss_fn(model, batch) -> (loss, aux)`` runs the model, which is in
-            training mode, on one mini-batch and may change it (BatchNorm, Rngs).
+            training mode, on one mini-batch and may change its variables (BatchNorm,
+            Rngs) and make new ones. Other attributes that it sets are lost.
         num_micro_batches: gradient accumulation, as in
             :func:`vsam_jax.make_train_step`.
 
@@ -69,7 +70,7 @@ def make_nnx_train_step(
     def train_step(
         model: Any, optimizer: nnx.Optimizer, batch: Any, *, sample: Any = None
     ) -> Any:
-        _passes.check_accumulation(optimizer.tx, nnx.as_pure(optimizer.opt_state))
+        _passes.check_accumulation(nnx.as_pure(optimizer.opt_state))
         graphdef, params, others = nnx.split(model, optimizer.wrt, ...)
         # With the types of variables, also of those that the loss function makes.
         structure = jax.tree.structure(others)
@@ -137,11 +138,9 @@ class PlannedNNXStep:
                 'train_step must be a function (model, optimizer, *args, sample) ->'
                 f' anything, got {train_step!r}.'
             )
-        options = with_donation((0, 1) if donate_state else (), (0, 1), jit_options)
-        self._programs = {
-            sample: nnx.jit(specialize(train_step, sample), **options)
-            for sample in (True, False)
-        }
+        self._programs = programs(
+            nnx.jit, train_step, (0, 1), donate_state, jit_options
+        )
         self._donates = donate_state
         self._windows = Windows()
 

@@ -264,7 +264,8 @@ class RescaledOrthogonal:
         norm = optax.tree.norm(orthogonal)
         # Scaled to length one, rounding errors would become a direction of their
         # own: in one dimension, or on a quadratic bowl, there is nothing else.
-        eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(sam_grads))
+        arrays = [norm, *jax.tree.leaves(sam_grads)]
+        eps = max(float(jnp.finfo(x.dtype).eps) for x in arrays)
         noise = 8 * eps * optax.tree.norm(g_sam)
         inverse = jnp.where(norm <= noise, 0, 1 / jnp.where(norm == 0, 1, norm))
         unit = optax.tree.scale(inverse, orthogonal)

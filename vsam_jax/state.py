@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import core
 
 from vsam_jax.statistics import Rings
@@ -98,6 +99,13 @@ def states_in(tree: Any) -> list[VSAMState]:
     return list(filter(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
 
 
+def is_accumulated(tree: Any) -> bool:
+    """Whether ``optax.MultiSteps`` stands around a method, inside any state."""
+    is_wrapper = lambda node: isinstance(node, optax.MultiStepsState)
+    wrappers = filter(is_wrapper, jax.tree.leaves(tree, is_leaf=is_wrapper))
+    return any(states_in(wrapper.inner_opt_state) for wrapper in wrappers)
+
+
 def holds_an_array_twice(tree: Any) -> bool:
     """Whether one array object stands in two places."""
     arrays = [id(x) for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
@@ -113,7 +121,7 @@ def with_own_buffers(tree: Any) -> Any:
     seen: set[Any] = set()
 
     def own(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or isinstance(leaf, core.Tracer):
+        if not isinstance(leaf, jax.Array):
             return leaf
         buffers = _buffers(leaf)
         if buffers & seen:
@@ -126,10 +134,10 @@ def with_own_buffers(tree: Any) -> Any:
 
 def _buffers(x: jax.Array) -> set[Any]:
     """What tells the memory of an array on this process's devices from others."""
+    if isinstance(x, core.Tracer) or x.is_deleted() or not x.size:
+        return {id(x)}  # No memory yet, or none that could be donated.
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    if x.is_deleted() or not x.size:
-        return {('array', id(x))}  # No memory that could be donated.
     return {
         (shard.device, shard.data.unsafe_buffer_pointer())
         for shard in x.addressable_shards

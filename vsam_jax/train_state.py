@@ -212,7 +212,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Any, *, sample: Any = None
     ) -> tuple[TrainState, Any]:
-        _passes.check_accumulation(state.tx, state.opt_state)
+        _passes.check_accumulation(state.opt_state)
         key = state.dropout_key
         if key is not None:
             key = jax.random.fold_in(key, state.step)

@@ -1,54 +1,56 @@
 """Sharpness-aware training for JAX with a fraction of the second gradients."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from vsam_jax import (
     checkpoint,
     convolutions,
     perturbation,
     reuse,
     sampling,
+    sharding,
     statistics,
 )
+from vsam_jax._methods import asam, looksam, sam, steady_vsam, vsam
 from vsam_jax._metrics import metrics
-from vsam_jax.dispatch import PlannedStep
-from vsam_jax.methods import (
-    asam,
-    looksam,
-    random_sam,
-    sam,
-    static_args,
-    steady_vsam,
-    vsam,
-)
-from vsam_jax.nnx_step import PlannedNNXStep, make_nnx_train_step
-from vsam_jax.sharding import state_shardings
-from vsam_jax.state import VSAMState, find_state
-from vsam_jax.train_state import TrainState, make_train_step
-from vsam_jax.transform import sharpness_aware
+from vsam_jax._planned import PlannedStep
+from vsam_jax._state import VSAMState
+from vsam_jax._transform import sharpness_aware
+
+if TYPE_CHECKING:
+    from vsam_jax import linen, nnx
 
 __version__ = '0.1.0'
 
 __all__ = [
-    'PlannedNNXStep',
     'PlannedStep',
-    'TrainState',
     'VSAMState',
     'asam',
     'checkpoint',
     'convolutions',
-    'find_state',
+    'linen',
     'looksam',
-    'make_nnx_train_step',
-    'make_train_step',
     'metrics',
+    'nnx',
     'perturbation',
-    'random_sam',
     'reuse',
     'sam',
     'sampling',
+    'sharding',
     'sharpness_aware',
-    'state_shardings',
-    'static_args',
     'statistics',
     'steady_vsam',
     'vsam',
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Flax is imported by who asks for it.
+    if name in ('linen', 'nnx'):
+        return importlib.import_module(f'vsam_jax.{name}')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    return [*__all__, '__version__']

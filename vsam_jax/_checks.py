@@ -27,8 +27,8 @@ def _reject_array(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(
             f'{name} must be a Python number that is known before tracing, got'
-            f' {value!r}. Under optax.inject_hyperparams name it in static_args'
-            ' (vsam_jax.static_args names all of them).'
+            f' {value!r}. Under optax.inject_hyperparams inject ρ alone:'
+            ' optax.inject_hyperparams(lambda rho: vsam_jax.vsam(rho))(rho=0.05).'
         )
 
 
@@ -163,7 +163,7 @@ def _check_mask_leaves(name: str, tree: PyTree) -> None:
             raise TypeError(
                 f'{name} must be None, a pytree of booleans shaped like the'
                 ' parameters (or a prefix of that), or a callable that makes one from'
-                f' the parameters; at {_where(path)} it holds {leaf!r}.'
+                f' the parameters; at {where(path)} it holds {leaf!r}.'
             )
 
 
@@ -213,7 +213,7 @@ def floating_leaves(name: str, tree: PyTree) -> None:
     ]
     if masked:
         raise ValueError(
-            f'{name} holds optax.MaskedNode at {_where(masked[0])}: a'
+            f'{name} holds optax.MaskedNode at {where(masked[0])}: a'
             ' sharpness-aware transformation stands outside optax.masked and'
             ' optax.partition, because grad_fn needs the whole tree. Write'
             ' optax.chain(vsam(perturb_mask=...), optax.masked(...)) instead.'
@@ -221,7 +221,7 @@ def floating_leaves(name: str, tree: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not hasattr(leaf, 'dtype') or not hasattr(leaf, 'shape'):
             raise TypeError(
-                f'{name} must hold arrays; at {_where(path)} it holds {leaf!r}.'
+                f'{name} must hold arrays; at {where(path)} it holds {leaf!r}.'
             )
         if not _computable(leaf.dtype):
             hint = ''
@@ -229,7 +229,7 @@ def floating_leaves(name: str, tree: PyTree) -> None:
                 hint = ' Make leaves of the real and the imaginary parts.'
             raise TypeError(
                 f'{name} must hold real floating-point arrays of 16 bits or more; at'
-                f' {_where(path)} the dtype is {leaf.dtype}.{hint}'
+                f' {where(path)} the dtype is {leaf.dtype}.{hint}'
             )
 
 
@@ -250,17 +250,18 @@ def same_tree(
     for (path, x), y in pairs:
         if jnp.shape(x) != jnp.shape(y):
             raise ValueError(
-                f'{name} must have the shapes of {like_name}: at {_where(path)} it'
+                f'{name} must have the shapes of {like_name}: at {where(path)} it'
                 f' must be {jnp.shape(y)}, got {jnp.shape(x)}.'
             )
         if dtypes and jnp.result_type(x) != jnp.result_type(y):
             raise TypeError(
-                f'{name} must have the dtypes of {like_name}: at {_where(path)} it'
+                f'{name} must have the dtypes of {like_name}: at {where(path)} it'
                 f' must be {jnp.result_type(y)}, got {jnp.result_type(x)}.'
             )
 
 
-def _where(path: Any) -> str:
+def where(path: Any) -> str:
+    """A path into a tree, as errors show it."""
     return jax.tree_util.keystr(path) or 'its root'
 
 

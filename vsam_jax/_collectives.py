@@ -1,80 +1,150 @@
 """Gradients over a mapped axis: each device's own, and their mean.
 
 For functions that run once per device, under ``jax.shard_map`` or ``jax.pmap``.
-Without an axis name all of it does nothing.
+Without an axis all of it does nothing.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vsam_jax import _checks
 from vsam_jax._types import PyTree
 
+# What callers give: None where nothing is mapped, () where gradients are means.
 AxisName = str | tuple[str, ...] | None
+# What is left of it.
+Axes = tuple[str, ...]
 
 
-def mean(tree: PyTree, axis_name: AxisName) -> PyTree:
+def axes_of(axis_name: Any) -> Axes:
+    """The axes to average over, none for None; raises where it names none.
+
+    Args:
+        axis_name: as a caller gives it.
+
+    Returns:
+        The names.
+    """
+    axis_name = _checks.axis_name('axis_name', axis_name)
+    axes = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    for axis in axes:
+        try:
+            jax.lax.axis_index(axis)
+        except NameError:
+            raise ValueError(
+                f'axis_name must name an axis that is mapped here, got {axis_name!r}:'
+                f' nothing around this call maps {axis!r}. Under jax.jit alone leave'
+                ' axis_name out, because one program sees all devices; in'
+                ' jax.shard_map or jax.pmap give the name of its axis.'
+            ) from None
+    return axes
+
+
+def check_told(axis_name: AxisName, grads: PyTree, params: PyTree) -> None:
+    """Raises where replicas would part in silence, because no axis was named.
+
+    Args:
+        axis_name: as the caller gave it; anything but None is an answer.
+        grads: the gradient that an update gets.
+        params: the parameters that it gets.
+    """
+    if axis_name is not None:
+        return
+    for axis in jax.sharding.get_abstract_mesh().manual_axes:
+        answers = (
+            f' If each device has the gradient of its share of the mini-batch, give'
+            f' axis_name={axis!r}: update takes the mean. If gradients are means'
+            ' already, or each device trains a model of its own, give axis_name=().'
+        )
+        if not _is_checked(axis):
+            raise ValueError(
+                f'axis_name must be given inside a function that is mapped over {axis!r}'
+                ' (jax.pmap, or jax.shard_map with check_vma=False), got None: nothing'
+                ' here tells whether devices have gradients of their own, and if they'
+                f' do their parameters part in silence.{answers}'
+            )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+            if _vary(leaf, axis)[1] and not all(
+                _vary(p, axis)[1] for p in jax.tree.leaves(params)
+            ):
+                raise ValueError(
+                    f'axis_name must be given here, got None: at {_checks.where(path)}'
+                    f' the gradient differs between the devices of {axis!r}, which'
+                    f' share the parameters.{answers}'
+                )
+
+
+def mean(tree: PyTree, axes: Axes) -> PyTree:
     """The mean over the devices, the same bits on each of them."""
-    if axis_name is None:
+    if not axes:
         return tree
-    # Whole numbers and flags (counters) are the same on all devices already.
-    reduce = lambda x: (
-        jax.lax.pmean(x, axis_name)
-        if jnp.issubdtype(x.dtype, jnp.inexact)
-        else jax.lax.pmax(x, axis_name)
-    )
+
+    def reduce(x: Any) -> Any:
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return jax.lax.pmean(x, axes)
+        # Whole numbers, flags and keys are the same on all devices already.
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return x if is_key else jax.lax.pmax(x, axes)
+
     return jax.tree.map(reduce, tree)
 
 
-def largest(tree: PyTree, axis_name: AxisName) -> PyTree:
+def largest(tree: PyTree, axes: Axes) -> PyTree:
     """The largest numbers of all devices, the same on each of them."""
-    if axis_name is None:
+    if not axes:
         return tree
-    return jax.tree.map(lambda x: jax.lax.pmax(x, axis_name), tree)
+    return jax.tree.map(lambda x: jax.lax.pmax(x, axes), tree)
 
 
-def own_copy(params: PyTree, axis_name: AxisName) -> PyTree:
-    """Replicated parameters as a value that each device has for itself.
+def own_copy(tree: PyTree, axes: Axes) -> PyTree:
+    """Replicated values as something that each device has for itself.
 
     The gradient with respect to a value that all devices share is summed over
     them by ``shard_map``; with respect to this copy it is each device's own.
     """
-    if axis_name is None:
-        return params
-    for name in _names(axis_name):
-        params = jax.tree.map(lambda p, name=name: _vary(p, name)[0], params)
-    return params
+    for axis in axes:
+        tree = jax.tree.map(lambda p, axis=axis: _vary(p, axis)[0], tree)
+    return tree
 
 
-def check_own(name: str, grads: PyTree, axis_name: AxisName) -> None:
+def own_key(key: jax.Array, axes: Axes) -> jax.Array:
+    """A random key of each device's own."""
+    return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
+
+
+def check_own(name: str, grads: PyTree, axes: Axes) -> None:
     """Raises where ``grads`` have already been summed over the devices."""
-    if axis_name is None:
-        return
-    for axis in _names(axis_name):
-        # Without shard_map's bookkeeping (pmap, check_vma=False) nothing is summed by
-        # itself and nothing can be told apart: not even the axis index varies.
-        if not _vary(jax.lax.axis_index(axis), axis)[1]:
+    for axis in axes:
+        if not _is_checked(axis):
             continue
         for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
             if not _vary(leaf, axis)[1]:
-                where = jax.tree_util.keystr(path) or 'its root'
                 raise ValueError(
                     f"{name} must be each device's own gradient, because"
-                    f' axis_name={axis_name!r} was given, but at {where} it is the'
-                    f' same on all devices of {axis!r}: shard_map sums the gradient'
+                    f' axis_name={axis!r} was given, but at {_checks.where(path)} it is'
+                    f' the same on all devices of {axis!r}: shard_map sums the gradient'
                     ' with respect to replicated parameters. Take it with respect to'
-                    f' jax.lax.pcast(params, {axis!r}, to="varying").'
+                    f' jax.lax.pcast(params, {axis!r}, to="varying"), or give'
+                    ' axis_name=() if it is the mean already.'
                 )
 
 
-def _names(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else axis_name
+def _is_checked(axis: str) -> bool:
+    """Whether types say what differs between the devices of an axis.
+
+    Without ``shard_map``'s bookkeeping (pmap, check_vma=False) nothing is summed by
+    itself and nothing can be told apart: not even the axis index varies.
+    """
+    return _vary(jax.lax.axis_index(axis), axis)[1]
 
 
-def _vary(x: jax.Array, name: str) -> tuple[jax.Array, bool]:
+def _vary(x: jax.Array, axis: str) -> tuple[jax.Array, bool]:
     """``x`` cast to varying over one axis, and whether it was that already."""
-    if name not in jax.sharding.get_abstract_mesh().manual_axes:
+    if axis not in jax.sharding.get_abstract_mesh().manual_axes:
         return x, True  # The axis is that of a vmap, which sums nothing by itself.
     try:
-        return jax.lax.pcast(x, name, to='varying'), False
+        return jax.lax.pcast(x, axis, to='varying'), False
     except ValueError:
         return x, True

@@ -4,9 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from vsam_jax.state import VSAMState, find_state
+from vsam_jax._state import VSAMState, only_state
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
@@ -49,7 +48,11 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         >>> print(f"{log['sampling_rate']:.2f} {log['grad_norm']:.1f}")
         0.50 4.0
     """
-    return _read(nnx.as_pure(find_state(state)._replace(psf=None, rings=None)))
+    small = only_state(state)._replace(psf=None, rings=None)
+    # The fields are arrays, or variables of NNX with an array each.
+    fields = small._asdict().items()
+    arrays = {name: x if x is None else jax.tree.leaves(x)[0] for name, x in fields}
+    return _read(VSAMState(**arrays))
 
 
 @jax.jit

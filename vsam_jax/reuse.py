@@ -16,6 +16,17 @@ import optax
 from vsam_jax import _checks, _numerics
 from vsam_jax._types import DTypeLike, PyTree
 
+__all__ = [
+    'DecayedDifference',
+    'NoReuse',
+    'RescaledOrthogonal',
+    'ReuseRule',
+    'SampleNorms',
+    'SteadyDifference',
+    'reuse_weight',
+    'steady_weight',
+]
+
 Weights = tuple[jax.Array, ...]
 
 

@@ -4,7 +4,7 @@ Time is cut into windows of K steps. A rule decides before the first step of a
 window which of its steps are sampled, from its budget and from numbers that
 are a pure function of (seed, index of the window). Nothing that happens inside
 a window changes its plan, so a host can read the plan once and then pick
-between compiled programs (:mod:`vsam_jax.dispatch`).
+between compiled programs (:class:`vsam_jax.PlannedStep`).
 
 A rule is a frozen dataclass of static numbers with the methods of
 :class:`SamplingRule`; what changes over training (:class:`Rings`, the budget)
@@ -20,6 +20,16 @@ import jax.numpy as jnp
 from vsam_jax import _checks, statistics
 from vsam_jax._types import DTypeLike
 from vsam_jax.statistics import Rings
+
+__all__ = [
+    'AtRandom',
+    'ByVariation',
+    'Periodic',
+    'SamplingRule',
+    'next_budget',
+    'window_plan',
+    'window_uniforms',
+]
 
 
 @runtime_checkable

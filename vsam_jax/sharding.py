@@ -6,7 +6,9 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vsam_jax._types import PyTree
-from vsam_jax.state import VSAMState
+from vsam_jax._state import VSAMState
+
+__all__ = ['state_shardings']
 
 
 def state_shardings(state: PyTree, params: PyTree) -> PyTree:
@@ -24,7 +26,7 @@ def state_shardings(state: PyTree, params: PyTree) -> PyTree:
 
     Args:
         state: any tree in which the state stands: ``(params, opt_state)``, a
-            :class:`vsam_jax.TrainState`, an optimizer state. Of its leaves only the
+            :class:`vsam_jax.linen.TrainState`, an optimizer state. Of its leaves only the
             shapes are looked at: ``jax.eval_shape(tx.init, params)`` will do.
         params: the parameters, arrays or ``jax.ShapeDtypeStruct`` objects, with a
             ``NamedSharding`` each, all on one mesh.
@@ -44,7 +46,7 @@ def state_shardings(state: PyTree, params: PyTree) -> PyTree:
         ...     params, {'w': NamedSharding(mesh, P('data')),
         ...              'b': NamedSharding(mesh, P())})
         >>> tx = optax.chain(vsam_jax.vsam(), optax.adamw(1e-3))
-        >>> shardings = vsam_jax.state_shardings(
+        >>> shardings = vsam_jax.sharding.state_shardings(
         ...     jax.eval_shape(tx.init, params), params)
         >>> opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
         >>> tuple(opt_state[0].psf['w'].sharding.spec)

@@ -11,6 +11,14 @@ import jax.numpy as jnp
 
 from vsam_jax._types import DTypeLike
 
+__all__ = [
+    'Rings',
+    'init_rings',
+    'push_sample',
+    'relative_change',
+    'segment_variance',
+]
+
 
 class Rings(NamedTuple):
     """Statistics of the last K samples, each an array [K], oldest first.

@@ -6,7 +6,7 @@ in training mode in both, and its running statistics come from the first alone. 
 overflow of a scaled loss skips the update and leaves no trace.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
 import chex
@@ -17,9 +17,11 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state as flax_train_state
 from flax.training.dynamic_scale import DynamicScale
 
-from vsam_jax import _checks, _collectives, _passes
+from vsam_jax import _buffers, _collectives
+from vsam_jax._step import Builder
 from vsam_jax._types import PyTree
-from vsam_jax.state import is_state, states_in, with_own_buffers
+
+__all__ = ['LossFn', 'TrainState', 'make_train_step']
 
 
 class TrainState(flax_train_state.TrainState):
@@ -80,7 +82,7 @@ class TrainState(flax_train_state.TrainState):
             dynamic_scale=dynamic_scale,
             **kwargs,
         )
-        return with_own_buffers(state.replace(step=jnp.zeros((), jnp.int32)))
+        return _buffers.with_own_buffers(state.replace(step=jnp.zeros((), jnp.int32)))
 
     def apply_gradients(
         self,
@@ -88,6 +90,8 @@ class TrainState(flax_train_state.TrainState):
         grads: PyTree,
         grad_fn: Callable[[PyTree], PyTree] | None = None,
         sample: Any = None,
+        axis_name: _collectives.AxisName = None,
+        per_device: bool = False,
         **kwargs: Any,
     ) -> Self:
         """One update, as in flax, with the arguments of a sharpness-aware one.
@@ -99,26 +103,34 @@ class TrainState(flax_train_state.TrainState):
                 collection ``params`` alone.
             grad_fn: maps parameters to the gradient of the same mini-batch.
             sample: whether this step is sampled, see :func:`vsam_jax.vsam`.
+            axis_name: the mapped axis over which to average, likewise.
+            per_device: whether each device has its own perturbation, likewise.
             **kwargs: fields to replace, such as ``batch_stats``.
 
         Returns:
             The state of the next step.
         """
-        if _passes.has_overwrites(grads):
+        told = {
+            'grad_fn': grad_fn,
+            'sample': sample,
+            'axis_name': axis_name,
+            'per_device': per_device,
+        }
+        if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
             whole = self.params
+            if grad_fn is not None:
+                told['grad_fn'] = lambda p: grad_fn({**whole, 'params': p})['params']
             trained = self.replace(params=whole['params']).apply_gradients(
-                grads=grads['params'],
-                grad_fn=grad_fn
-                and (lambda p: grad_fn({**whole, 'params': p})['params']),
-                sample=sample,
-                **kwargs,
+                grads=grads['params'], **told, **kwargs
             )
             return trained.replace(params={**grads, 'params': trained.params})
+        # MultiSteps passes them on, without being what says so.
+        takes_more = (optax.GradientTransformationExtraArgs, optax.MultiSteps)
         updates, opt_state = self.tx.update(
             grads,
             self.opt_state,
             self.params,
-            **_passes.extra_args(self.tx, grad_fn=grad_fn, sample=sample),
+            **(told if isinstance(self.tx, takes_more) and grad_fn else {}),
         )
         return self.replace(
             step=self.step + 1,
@@ -143,6 +155,7 @@ def make_train_step(
     *,
     num_micro_batches: int = 1,
     axis_name: _collectives.AxisName = None,
+    per_device: bool = False,
 ) -> Callable[..., tuple[TrainState, Any]]:
     """Builds the training step of a loss that is written once.
 
@@ -158,18 +171,19 @@ def make_train_step(
             part has a dropout mask of its own (the same in both passes), and
             ``aux`` gets a leading axis over the parts.
         axis_name: the mapped axis over the devices, if the step runs once per device
-            (``jax.shard_map``, ``jax.pmap``) and the method was given the same
-            ``axis_name``. For an optimizer without a method of this package
-            gradients are averaged here. Each device has a dropout mask of its own,
-            ``batch_stats`` are averaged, and ``aux`` is that of the device's share of
-            the mini-batch. BatchNorm normalizes with the share's statistics unless
-            the model gives it the axis. None where ``jax.jit`` sees all devices.
+            (``jax.shard_map``, ``jax.pmap``). Gradients are averaged over it. Each
+            device has a dropout mask of its own, ``batch_stats`` are averaged, and
+            ``aux`` is that of the device's share of the mini-batch. BatchNorm
+            normalizes with the share's statistics unless the model gives it the axis.
+            None where ``jax.jit`` sees all devices; ``()`` where each device trains a
+            model of its own.
+        per_device: only with ``axis_name``: whether each device has a perturbation of
+            its own, see :func:`vsam_jax.vsam`.
 
     Returns:
         ``train_step(state, batch, *, sample=None) -> (state, aux)``, pure and not
-        jitted. ``aux`` comes from the first pass. Give it to
-        :class:`vsam_jax.PlannedStep`, or jit it as it is for a traced step. It
-        works with any optax optimizer; one that takes no second gradient never
+        jitted: ``jax.jit(train_step, donate_argnums=0)``, or give it to
+        :class:`vsam_jax.PlannedStep`. ``aux`` comes from the first pass. It works with any optax optimizer; one that takes no second gradient never
         calls for it. It raises a ``ValueError`` for ``optax.MultiSteps`` around a
         method of this package, whose second gradient would be that of the last part
         alone: ``num_micro_batches`` is for that.
@@ -197,89 +211,49 @@ def make_train_step(
         ...     return loss, (updated['batch_stats'], {'loss': loss})
         >>> x, y = jnp.ones((4, 3)), jnp.ones((4, 1))
         >>> variables = model.init(jax.random.key(0), x, train=False)
-        >>> state = vsam_jax.TrainState.create(
+        >>> state = vsam_jax.linen.TrainState.create(
         ...     apply_fn=model.apply, **variables, dropout_key=jax.random.key(1),
         ...     tx=optax.chain(vsam_jax.vsam(rho=0.05), optax.sgd(0.1)))
-        >>> step = vsam_jax.PlannedStep(vsam_jax.make_train_step(loss_fn))
+        >>> step = jax.jit(vsam_jax.linen.make_train_step(loss_fn), donate_argnums=0)
         >>> for _ in range(3):
         ...     state, metrics = step(state, (x, y))
         >>> int(state.step), metrics['loss'].shape
         (3, ())
     """
-    num_micro_batches = _passes.micro_batches(num_micro_batches)
-    axis_name = _checks.axis_name('axis_name', axis_name)
+    builder = Builder(
+        num_micro_batches, axis_name, per_device, overwrites=OVERWRITE_WITH_GRADIENT
+    )
 
     def train_step(
         state: TrainState, batch: Any, *, sample: Any = None
     ) -> tuple[TrainState, Any]:
-        _passes.check_accumulation(state.opt_state)
         key = state.dropout_key
         if key is not None:
             key = jax.random.fold_in(key, state.step)
-            if axis_name is not None:
-                key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        passes = _passes.two_passes(
+            key = _collectives.own_key(key, builder.axes)
+        begun = builder.begin(
             loss_fn,
-            _collectives.own_copy(state.params, axis_name),
-            _collectives.own_copy(state.batch_stats, axis_name),
+            state.params,
+            state.opt_state,
+            state.batch_stats,
             batch,
             key,
-            num_micro_batches=num_micro_batches,
+            sample=sample,
             dynamic_scale=state.dynamic_scale,
         )
-        grads = passes.grads
-        if _passes.has_overwrites(grads):
-            # Sizes that were seen: over all devices the largest ones count.
-            seen = _collectives.largest(grads[OVERWRITE_WITH_GRADIENT], axis_name)
-            grads = {**grads, OVERWRITE_WITH_GRADIENT: seen}
-        # The methods of this package average for themselves, others know no devices.
-        plain = not states_in(state.opt_state)
-        new_state = state.apply_gradients(
-            grads=_collectives.mean(grads, axis_name if plain else None),
-            # What is not perturbed is still what all devices share.
-            grad_fn=lambda p: passes.grad_fn(_collectives.own_copy(p, axis_name)),
-            sample=sample,
-            batch_stats=_collectives.mean(passes.collections, axis_name),
+        new = state.apply_gradients(
+            grads=begun.grads, batch_stats=begun.collections, **begun.arguments
         )
-        if state.dynamic_scale is not None:
-            # What overflows on one device is skipped on all of them.
-            grads = _collectives.mean(grads, axis_name)
-            new_state = _skip_overflow(state, new_state, grads)
-        return new_state, passes.aux
+        parts = lambda state: (state.params, state.batch_stats, state.opt_state)
+        (params, batch_stats, opt_state), dynamic_scale = builder.settle(
+            begun, parts(state), parts(new), state.dynamic_scale
+        )
+        new = new.replace(
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            dynamic_scale=dynamic_scale,
+        )
+        return new, begun.aux
 
     return train_step
-
-
-def _skip_overflow(old: TrainState, new: TrainState, grads: PyTree) -> TrainState:
-    """Takes back the update if it was made from a gradient that is not finite."""
-    finite = jnp.array([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
-    # The direction itself does not tell: the sign of an infinity is finite.
-    finite &= _num_rejected(new.opt_state) == _num_rejected(old.opt_state)
-
-    def keep(new_leaf: Any, old_leaf: Any) -> Any:
-        if is_state(new_leaf):
-            return new_leaf  # It knows what to reject, and has to advance.
-        return jnp.where(finite, new_leaf, old_leaf)
-
-    params, batch_stats, opt_state = jax.tree.map(
-        keep,
-        (new.params, new.batch_stats, new.opt_state),
-        (old.params, old.batch_stats, old.opt_state),
-        is_leaf=is_state,
-    )
-    return new.replace(
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=opt_state,
-        dynamic_scale=_next_scale(old.dynamic_scale, finite),
-    )
-
-
-def _num_rejected(opt_state: PyTree) -> jax.Array | int:
-    return sum(state.num_rejected for state in states_in(opt_state))
-
-
-def _next_scale(dynamic_scale: Any, finite: jax.Array) -> DynamicScale:
-    """The loss scale after a step; flax has its rule inside ``value_and_grad``."""
-    outcome = lambda x: x * jnp.where(finite, 1, jnp.nan)
-    return dynamic_scale.value_and_grad(outcome)(jnp.ones(())).dynamic_scale

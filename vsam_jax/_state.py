@@ -1,11 +1,9 @@
-"""The state of a sharpness-aware transformation, and how to find it."""
+"""The state of a sharpness-aware transformation, and how to find it in a tree."""
 
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import core
 
 from vsam_jax.statistics import Rings
 
@@ -16,6 +14,9 @@ class VSAMState(NamedTuple):
     All fields are arrays, trees of arrays or None; their structure, shapes and
     dtypes never change from update to update. *Statistics dtype* is float32, or
     the widest dtype of the parameters where that is wider.
+
+    ``optax.tree.get(opt_state, 'VSAMState')`` finds it in the state of a chain or of a
+    wrapper, ``optax.tree.get(opt_state, 'budget')`` one of its fields.
 
     Attributes:
         step: int32 scalar, the number of updates made.
@@ -55,40 +56,6 @@ class VSAMState(NamedTuple):
     num_rejected: jax.Array
 
 
-def find_state(tree: Any) -> VSAMState:
-    """The only :class:`VSAMState` inside any state: chained, wrapped, a train state.
-
-    Args:
-        tree: a pytree with exactly one ``VSAMState`` in it.
-
-    Returns:
-        That state.
-
-    Raises:
-        ValueError: if ``tree`` holds none or several.
-
-    Example:
-        >>> import jax.numpy as jnp, optax, vsam_jax
-        >>> tx = optax.chain(vsam_jax.vsam(), optax.sgd(0.1))
-        >>> print(vsam_jax.find_state(tx.init(jnp.ones(2))).step)
-        0
-    """
-    return locate_state(tree)[1]
-
-
-def locate_state(tree: Any) -> tuple[int, VSAMState]:
-    """Like :func:`find_state`; also the index of its first leaf among all leaves."""
-    nodes = jax.tree.leaves(tree, is_leaf=is_state)
-    found = [i for i, node in enumerate(nodes) if is_state(node)]
-    if len(found) != 1:
-        raise ValueError(
-            'state must hold exactly one VSAMState, which holds plan and statistics,'
-            f' but it holds {len(found)}. Put one sharpness-aware transformation,'
-            ' outside optax.partition, into the optimizer.'
-        )
-    return len(jax.tree.leaves(nodes[: found[0]])), nodes[found[0]]
-
-
 def is_state(node: Any) -> bool:
     """Whether a node of a tree is a :class:`VSAMState`."""
     return isinstance(node, VSAMState)
@@ -99,46 +66,30 @@ def states_in(tree: Any) -> list[VSAMState]:
     return list(filter(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
 
 
+def only_state(tree: Any) -> VSAMState:
+    """The only :class:`VSAMState` inside any state: chained, wrapped, a train state.
+
+    Args:
+        tree: a pytree with exactly one ``VSAMState`` in it.
+
+    Returns:
+        That state.
+
+    Raises:
+        ValueError: if ``tree`` holds none or several.
+    """
+    found = states_in(tree)
+    if len(found) != 1:
+        raise ValueError(
+            'state must hold exactly one VSAMState, which holds plan and statistics,'
+            f' but it holds {len(found)}. Put one sharpness-aware transformation,'
+            ' outside optax.partition, into the optimizer.'
+        )
+    return found[0]
+
+
 def is_accumulated(tree: Any) -> bool:
     """Whether ``optax.MultiSteps`` stands around a method, inside any state."""
     is_wrapper = lambda node: isinstance(node, optax.MultiStepsState)
     wrappers = filter(is_wrapper, jax.tree.leaves(tree, is_leaf=is_wrapper))
     return any(states_in(wrapper.inner_opt_state) for wrapper in wrappers)
-
-
-def holds_an_array_twice(tree: Any) -> bool:
-    """Whether one array object stands in two places."""
-    arrays = [id(x) for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
-    return len({*arrays}) < len(arrays)
-
-
-def with_own_buffers(tree: Any) -> Any:
-    """The same tree, with a copy of every array whose memory another one has too.
-
-    A buffer can be donated once only, and optimizers that keep the parameters of
-    the start (mechanic, prodigy, dog) put the same arrays into their state.
-    """
-    seen: set[Any] = set()
-
-    def own(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array):
-            return leaf
-        buffers = _buffers(leaf)
-        if buffers & seen:
-            return jnp.copy(leaf)
-        seen.update(buffers)
-        return leaf
-
-    return jax.tree.map(own, tree)
-
-
-def _buffers(x: jax.Array) -> set[Any]:
-    """What tells the memory of an array on this process's devices from others."""
-    if isinstance(x, core.Tracer) or x.is_deleted() or not x.size:
-        return {id(x)}  # No memory yet, or none that could be donated.
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    return {
-        (shard.device, shard.data.unsafe_buffer_pointer())
-        for shard in x.addressable_shards
-    }

@@ -8,24 +8,13 @@ method     where (perturbation)  when (sampling)   how (reuse)
 ``sam``    ball of radius ρ      every step        not at all
 ``asam``   scaled by |w|         every step        not at all
 ``looksam`` ball of radius ρ     every k steps     rescaled orthogonal part
-``random_sam`` ball of radius ρ  at random         decayed difference, or none
 ========== ===================== ================= =========================
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import optax
 
-from vsam_jax import (
-    _checks,
-    _collectives,
-    perturbation,
-    reuse,
-    sampling,
-    transform,
-)
+from vsam_jax import _checks, perturbation, reuse, sampling
+from vsam_jax._transform import sharpness_aware
 from vsam_jax._types import DTypeLike, Mask, Radius
 
 
@@ -44,8 +33,6 @@ def vsam(
     perturb_mask: Mask | None = None,
     psf_dtype: DTypeLike = None,
     seed: int = 0,
-    axis_name: _collectives.AxisName = None,
-    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Variation-based SAM: a second gradient on some steps, reused on the others.
 
@@ -77,10 +64,26 @@ def vsam(
 
     ``update`` takes two more arguments by keyword. ``grad_fn(params) -> grads`` is
     the gradient of the same mini-batch, with the same dropout key, called at most
-    once. ``sample`` decides this step: None follows the plan in the state inside
-    one program (*traced*, a ``jax.lax.cond``); a Python bool compiles a step
-    without a conditional (*planned*, see :class:`vsam_jax.PlannedStep`); a boolean
-    array overrides the plan in a traced step.
+    once. ``sample`` decides this step: None follows the plan in the state, inside
+    one program (*traced*, a ``jax.lax.cond``) or as :class:`vsam_jax.PlannedStep`
+    says (*planned*); a Python bool compiles a step without a conditional; a boolean
+    array overrides the plan in a traced step. Outside of ``jax.jit`` the plan is
+    read, and nothing is compiled.
+
+    *Several devices.* Under ``jax.jit`` one program sees all of them, and nothing need
+    be said. A function that runs once per device (``jax.shard_map``, ``jax.pmap``)
+    says how gradients are made there, by two more arguments of ``update``.
+    ``axis_name`` is the name of the mapped axis or a tuple of such names: ``updates``
+    and the result of ``grad_fn`` are each device's own gradients, and are averaged.
+    ``axis_name=()`` says that they are means already. ``per_device=True``: each device
+    perturbs along its own gradient and the second gradients are averaged
+    (m-sharpness, m being a device's share of the mini-batch). That is another
+    objective, and the authors of SAM found smaller m to generalize better. It changes
+    with the number of devices. The first mean is then not needed before the second
+    pass, so the two can overlap. With ``per_device=False`` (the default) there is one
+    perturbation, from the mean gradient, so that the result is that of ``jax.jit`` on
+    any number of devices. Either way s, its norms and the plan are those of the mean
+    gradients, the same on all devices.
 
     Args:
         rho: ρ, the radius of the perturbation: a number >= 0 (0 gives the base
@@ -106,20 +109,6 @@ def vsam(
             rounds s to 8 bits, in the direction of sampled steps too. None stores it
             in the parameters' dtypes.
         seed: an integer in [0, 2³²), chooses which steps of a window are sampled.
-        axis_name: None where one program sees all devices (``jax.jit``), and
-            wherever ``update`` and ``grad_fn`` give the mean gradient over the
-            devices. In a function that runs once per device (``jax.shard_map``,
-            ``jax.pmap``), the name of the mapped axis or a tuple of such names:
-            ``update`` takes each device's own gradient, and averages.
-        per_device: only with ``axis_name``. False: one perturbation for all
-            devices, from the mean gradient, so that the result does not depend on
-            how many devices share a mini-batch and is that of ``jax.jit``. True: each
-            device perturbs along its own gradient and the second gradients are
-            averaged (m-sharpness, m being a device's share of the mini-batch). That is
-            another objective, and the authors of SAM found smaller m to generalize
-            better. It changes with the number of devices. The first mean is then not
-            needed before the second pass, so the two can overlap. Either way s, its
-            norms and the plan are those of the mean gradients, the same on all devices.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -142,8 +131,8 @@ def vsam(
     Raises:
         TypeError, ValueError: for arguments out of the ranges above; from
             ``update`` for missing ``params`` or ``grad_fn``, for a ``grad_fn`` that
-            returns another tree, shape or dtype than the gradient's, and for trees
-            that do not match.
+            returns another tree, shape or dtype than the gradient's, for trees that do
+            not match, and for a missing ``axis_name`` where replicas could part.
 
     .. warning::
       Clip *after* vsam. Clipped before, g is no longer the gradient that the
@@ -155,7 +144,7 @@ def vsam(
       ``update`` and ``lambda p: grad(p, batch)`` as ``grad_fn``. It is a loop: for
       convolutions on the CPU wrap the inner gradient in
       :func:`vsam_jax.convolutions.canonical`, as the step builders do
-      (``num_micro_batches`` of :func:`vsam_jax.make_train_step`).
+      (``num_micro_batches`` of :func:`vsam_jax.linen.make_train_step`).
       ``optax.MultiSteps`` around vsam runs the inner update on every
       mini-step; it is right in a traced step if ``sample=False`` on all but the
       last one, whose ``grad_fn`` covers the whole batch. After vsam, as in
@@ -200,7 +189,7 @@ def vsam(
         max_rate=max_rate,
         seed=seed,
     )
-    return transform.sharpness_aware(
+    return sharpness_aware(
         perturbation.l2_ascent,
         rule,
         reuse.DecayedDifference(decay, reuse_steps),
@@ -208,8 +197,6 @@ def vsam(
         stats_mask=stats_mask,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
-        axis_name=axis_name,
-        per_device=per_device,
     )
 
 
@@ -221,8 +208,6 @@ def steady_vsam(
     stats_mask: Mask | None = None,
     perturb_mask: Mask | None = None,
     psf_dtype: DTypeLike = None,
-    axis_name: _collectives.AxisName = None,
-    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""vSAM for runs of any length: every third step, from the first one on.
 
@@ -254,9 +239,6 @@ def steady_vsam(
         stats_mask: which tensors ‖g‖ and ‖s‖ are taken over, as in :func:`vsam`.
         perturb_mask: which tensors are perturbed, as in :func:`vsam`.
         psf_dtype: dtype in which s is stored, as in :func:`vsam`.
-        axis_name: the mapped axis over which to average, as in :func:`vsam`.
-        per_device: whether each device has its own perturbation, as in
-            :func:`vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -284,7 +266,7 @@ def steady_vsam(
     rule = sampling.Periodic(every)
     # Checked also where nothing is reused.
     difference = reuse.SteadyDifference(max(rule.every, 2), tolerance)
-    return transform.sharpness_aware(
+    return sharpness_aware(
         perturbation.l2_ascent,
         rule,
         reuse.NoReuse() if rule.always else difference,
@@ -292,8 +274,6 @@ def steady_vsam(
         stats_mask=stats_mask,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
-        axis_name=axis_name,
-        per_device=per_device,
     )
 
 
@@ -301,8 +281,6 @@ def sam(
     rho: Radius = 0.05,
     *,
     perturb_mask: Mask | None = None,
-    axis_name: _collectives.AxisName = None,
-    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Sharpness-aware minimization: the second gradient on every step.
 
@@ -314,9 +292,6 @@ def sam(
     Args:
         rho: ρ, as in :func:`vsam`.
         perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-        axis_name: the mapped axis over which to average, as in :func:`vsam`.
-        per_device: whether each device has its own perturbation, as in
-            :func:`vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -335,14 +310,12 @@ def sam(
         >>> print(f'{updates:.2f}')
         -1.10
     """
-    return transform.sharpness_aware(
+    return sharpness_aware(
         perturbation.l2_ascent,
         sampling.Periodic(1),
         reuse.NoReuse(),
         rho,
         perturb_mask=perturb_mask,
-        axis_name=axis_name,
-        per_device=per_device,
     )
 
 
@@ -352,8 +325,6 @@ def asam(
     eta: float = 0.0,
     scale_mask: Mask | None = None,
     perturb_mask: Mask | None = None,
-    axis_name: _collectives.AxisName = None,
-    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adaptive SAM: each weight is perturbed in proportion to its size.
 
@@ -373,9 +344,6 @@ def asam(
         scale_mask: which tensors have T = |w| + η; the others have T = 1. A mask
             in the convention of :func:`vsam`. None scales all.
         perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-        axis_name: the mapped axis over which to average, as in :func:`vsam`.
-        per_device: whether each device has its own perturbation, as in
-            :func:`vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -395,14 +363,12 @@ def asam(
         >>> print(f'{updates:.2f}')
         -2.20
     """
-    return transform.sharpness_aware(
+    return sharpness_aware(
         perturbation.elementwise_ascent(eta, scale_mask),
         sampling.Periodic(1),
         reuse.NoReuse(),
         rho,
         perturb_mask=perturb_mask,
-        axis_name=axis_name,
-        per_device=per_device,
     )
 
 
@@ -413,8 +379,6 @@ def looksam(
     gain: float = 0.7,
     perturb_mask: Mask | None = None,
     psf_dtype: DTypeLike = None,
-    axis_name: _collectives.AxisName = None,
-    per_device: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""LookSAM: the second gradient every k steps, its orthogonal part between.
 
@@ -427,9 +391,6 @@ def looksam(
         gain: α >= 0.
         perturb_mask: which tensors are perturbed, as in :func:`vsam`.
         psf_dtype: dtype in which g_v / ‖g_v‖ is stored, as in :func:`vsam`.
-        axis_name: the mapped axis over which to average, as in :func:`vsam`.
-        per_device: whether each device has its own perturbation, as in
-            :func:`vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -454,99 +415,11 @@ def looksam(
     rule = sampling.Periodic(every)
     # Checked also where nothing is reused.
     rescaled = reuse.RescaledOrthogonal(gain)
-    return transform.sharpness_aware(
+    return sharpness_aware(
         perturbation.l2_ascent,
         rule,
         reuse.NoReuse() if rule.always else rescaled,
         rho,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
-        axis_name=axis_name,
-        per_device=per_device,
     )
-
-
-def random_sam(
-    rho: Radius = 0.05,
-    *,
-    rate: float = 0.5,
-    reuse_psf: bool = True,
-    window: int = 50,
-    decay: float = 0.7,
-    reuse_steps: int = 6,
-    perturb_mask: Mask | None = None,
-    psf_dtype: DTypeLike = None,
-    seed: int = 0,
-    axis_name: _collectives.AxisName = None,
-    per_device: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    r"""SAM on a random share of the steps, with or without reuse of the PSF.
-
-    vSAM without its controller: what its choice of the rate is measured against.
-
-    Args:
-        rho: ρ, as in :func:`vsam`.
-        rate: the probability with which a step is sampled, in (0, 1].
-        reuse_psf: whether steps between samples reuse the PSF as :func:`vsam` does;
-            False takes the plain gradient and stores nothing.
-        window: K, for how many steps decisions are drawn at once.
-        decay: β, as in :func:`vsam`.
-        reuse_steps: R, as in :func:`vsam`.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-        psf_dtype: dtype in which the PSF is stored, as in :func:`vsam`.
-        seed: chooses which steps are sampled.
-        axis_name: the mapped axis over which to average, as in :func:`vsam`.
-        per_device: whether each device has its own perturbation, as in
-            :func:`vsam`.
-
-    Returns:
-        An :class:`optax.GradientTransformationExtraArgs` with state
-        :class:`vsam_jax.VSAMState`.
-
-    Example:
-        >>> import jax.numpy as jnp, vsam_jax
-        >>> state = vsam_jax.random_sam(rate=0.3, window=1000).init(jnp.ones(2))
-        >>> print(int(state.plan.sum()))
-        284
-    """
-    # Checked also where nothing is reused.
-    decayed = reuse.DecayedDifference(decay, reuse_steps)
-    reuse_psf = _checks.flag('reuse_psf', reuse_psf)
-    return transform.sharpness_aware(
-        perturbation.l2_ascent,
-        sampling.AtRandom(
-            rate=rate,
-            window=window,
-            seed=seed,
-        ),
-        decayed if reuse_psf else reuse.NoReuse(),
-        rho,
-        perturb_mask=perturb_mask,
-        psf_dtype=psf_dtype,
-        axis_name=axis_name,
-        per_device=per_device,
-    )
-
-
-def static_args(method: Callable[..., Any]) -> tuple[str, ...]:
-    """The arguments of a method that :func:`optax.inject_hyperparams` must not trace.
-
-    All but ρ: they decide shapes, programs and masks.
-
-    Args:
-        method: one of the methods above, or any function whose only argument that
-            may change over training is called ``rho``.
-
-    Returns:
-        The names, for the argument ``static_args`` of ``inject_hyperparams``.
-
-    Example:
-        >>> import jax.numpy as jnp, optax, vsam_jax
-        >>> method = optax.inject_hyperparams(
-        ...     vsam_jax.vsam, static_args=vsam_jax.static_args(vsam_jax.vsam))
-        >>> tx = optax.chain(method(rho=0.05), optax.sgd(0.1))
-        >>> opt_state = optax.tree.set(tx.init(jnp.ones(2)), rho=jnp.array(0.1))
-        >>> print(optax.tree.get(opt_state, 'rho'))
-        0.1
-    """
-    return tuple(name for name in inspect.signature(method).parameters if name != 'rho')

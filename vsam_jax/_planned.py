@@ -1,0 +1,511 @@
+"""The host's side of a planned run: it knows the plan, and picks the program."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import core
+
+from vsam_jax import _buffers, _decision
+from vsam_jax._state import VSAMState, is_accumulated, is_state, states_in
+
+
+class PlannedStep:
+    """Runs any training step planned: two programs instead of one with a conditional.
+
+    Which steps of a window are sampled is known before the window starts. So the host
+    can read the plan and run a program that always or never takes the second gradient.
+    A reuse step then needs no memory for a second pass, and no predicate travels from a
+    GPU to the host. The step is the one of a traced run, and is not told:
+
+      step = vsam_jax.PlannedStep(train_step)   # instead of jax.jit(train_step)
+      for batch in batches:
+        params, opt_state, loss = step(params, opt_state, batch)
+
+    The state of the method is found wherever it stands in the arguments, and in the
+    result or, where objects are updated in place (NNX), in the arguments again. A step
+    with no method in it, SGD's for instance, runs as it is.
+
+    *What is jitted.* A function is given to ``jit``, once per program. One that is
+    jitted already (``@jax.jit``, ``@nnx.jit``, ``@eqx.filter_jit``) is called as it
+    is, with its own options: it compiles a program for each decision by itself.
+
+    *Contract.* The state that a call returns goes into the next call, and each call
+    updates it once: to skip a bad update put the guard after vsam, as in
+    ``chain(vsam(...), apply_if_finite(sgd(...), ...))``, never around it. A step that
+    updates several times (a scan of steps) is refused before it runs; jit it as it is,
+    or plan the step inside. The plan is read once a window (K steps), which waits for
+    the step before; between two readings the host does not wait for the device. A
+    state that did not come from the last call (a restored checkpoint, another run) is
+    noticed by the identity of its step counter, without a synchronisation, and its
+    plan is read anew, from the middle of a window too. (Code that copies the whole
+    state between two calls makes the host read at every step; ``num_reads`` shows it.)
+
+    *Several processes.* Each of them picks the program by its own copy of the
+    plan, and all pick the same one: the plan is a function of seed, window and
+    budget, and the budget of norms of gradients that were reduced over all
+    devices, which leaves the same bits on each.
+
+    Args:
+        train_step: the step of a traced run; any arguments, any result.
+        jit: what compiles it: ``jax.jit``, ``nnx.jit``, ``eqx.filter_jit``.
+        donate_state: whether the memory of the arguments in which the state stands is
+            reused for what the step returns. They must not be read afterwards: to keep
+            one copy it before, ``jax.tree.map(jnp.copy, state)``. None stands for True
+            where ``jit`` takes ``donate_argnums`` (``eqx.filter_jit`` has its own
+            ``donate``), and for what a function that is jitted already was told.
+        **jit_options: passed on to ``jit``, such as ``static_argnames``,
+            ``out_shardings`` or, for arguments besides, ``donate_argnums``.
+
+    Attributes:
+        num_reads: how many times the plan has been read from the device.
+
+    Raises:
+        TypeError: from the constructor if ``train_step`` is not callable; from a call
+            if the state is traced, or neither returned nor updated in place.
+        ValueError: from the constructor if a function that is jitted already is given
+            options; from a call if the arguments hold several methods or stacked
+            plans, ``optax.MultiSteps`` around a method, or if the step updates the
+            state several times.
+        RuntimeError: from a call if the state did not advance with the calls, or was
+            consumed by an earlier one.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> loss = lambda w, x: jnp.sum((w - x) ** 2)
+        >>> tx = optax.chain(vsam_jax.vsam(rho=0.05, window=10), optax.sgd(0.1))
+        >>> def train_step(w, opt_state, batch):
+        ...   value, grads = jax.value_and_grad(loss)(w, batch)
+        ...   updates, opt_state = tx.update(
+        ...       grads, opt_state, w, grad_fn=lambda w: jax.grad(loss)(w, batch))
+        ...   return optax.apply_updates(w, updates), opt_state, value
+        >>> w = jnp.zeros(3)
+        >>> opt_state = tx.init(w)
+        >>> step = vsam_jax.PlannedStep(train_step)
+        >>> for _ in range(40):
+        ...   w, opt_state, value = step(w, opt_state, jnp.ones(3))
+        >>> print(step.num_reads, f'{value:.3f}')
+        5 0.000
+    """
+
+    def __init__(
+        self,
+        train_step: Callable[..., Any],
+        *,
+        jit: Callable[..., Any] = jax.jit,
+        donate_state: bool | None = None,
+        **jit_options: Any,
+    ):
+        if not callable(train_step):
+            raise TypeError(
+                f'train_step must be a function, got {train_step!r}: give the step'
+                ' that a traced run would jit.'
+            )
+        is_jitted = callable(getattr(train_step, 'lower', None))
+        if is_jitted and (donate_state is not None or jit_options or jit is not jax.jit):
+            raise ValueError(
+                'train_step must not be jitted already where jit, donate_state or'
+                f' options of jit are given, got {train_step!r} and'
+                f' {dict(donate_state=donate_state, **jit_options)}: give them to the'
+                ' jit that it went through, or the function from before.'
+            )
+        takes_donations = 'donate_argnums' in inspect.signature(jit).parameters
+        if donate_state and not takes_donations:
+            raise ValueError(
+                f'donate_state must be None or False for jit={jit!r}, which takes no'
+                f' donate_argnums, got {donate_state!r}: tell that jit in its own way.'
+            )
+        if donate_state is None:
+            donate_state = takes_donations
+        self._step = train_step
+        self._jit = None if is_jitted else jit
+        self._jit_options = jit_options
+        self._donates = donate_state and not is_jitted
+        self._programs: dict[Any, Any] = {}
+        self._layouts: dict[Any, _Layout] = {}
+        self._checked: set[Any] = set()
+        self._window: _Window | None = None
+        self.num_reads = 0
+
+    def program(self, sample: bool) -> '_Program':
+        """The compiled form of sampled (True) or reuse (False) steps.
+
+        Call it with the arguments of the step, or ``lower`` or ``trace`` it. To call it
+        advances the state past this driver's knowledge, which the next call notices.
+        """
+        return _Program(self, _decision_of(sample))
+
+    def __call__(self, *args: Any, sample: bool | None = None, **kwargs: Any) -> Any:
+        """Runs one step.
+
+        Args:
+            *args: the arguments of ``train_step``.
+            sample: overrides the plan for this one step.
+            **kwargs: arguments of ``train_step`` by name.
+
+        Returns:
+            What ``train_step`` returns.
+        """
+        if sample is not None:
+            sample = _decision_of(sample)
+        leaves, layout = self._layout(args, kwargs)
+        if layout.counter is None:
+            return self._compiled(None, layout)(*args, **kwargs)
+        continues = self._window is not None and self._window.precedes(
+            leaves[layout.counter]
+        )
+        if not continues:
+            _check_alive(leaves[layout.counter])
+        args, kwargs = self._own(args, kwargs, leaves, layout, continues)
+        window = self._current_window(args, kwargs, leaves, layout, continues)
+        sample = window.plan[window.taken] if sample is None else sample
+        program = self._compiled(sample, layout)
+        counts = self._check_program(program, sample, layout, args, kwargs)
+        output = program(*args, **kwargs)
+        counter = self._next_counter(output, args, kwargs, leaves, layout)
+        window.follow(counter)
+        if not counts and int(counter) != window.next_step:
+            self._window = None
+            raise ValueError(_several(int(counter) - window.next_step + 1))
+        return output
+
+    # --- Programs ---
+
+    def _compiled(self, sample: bool | None, layout: '_Layout') -> Any:
+        """The program of one decision, None for that of the plan in the state."""
+        if self._jit is None:
+            return self._step if sample is None else _Told(self._step, sample)
+        names, places = layout.names, layout.places
+        if not self._donates:
+            names, places = (), ()
+        key = sample, places, names
+        if key not in self._programs:
+            options = dict(self._jit_options)
+            if places or 'donate_argnums' in options:
+                options['donate_argnums'] = _joined(
+                    places, options.get('donate_argnums')
+                )
+            if names or 'donate_argnames' in options:
+                options['donate_argnames'] = _joined(
+                    names, options.get('donate_argnames')
+                )
+            self._programs[key] = self._jit(_specialize(self._step, sample), **options)
+        return self._programs[key]
+
+    def _check_program(
+        self, program: Any, sample: bool, layout: '_Layout', args: Any, kwargs: Any
+    ) -> bool:
+        """Whether a program is known to update once; raises if it does not.
+
+        Before it runs for the first time, so before anything is donated. Tracing is
+        kept by jit, and not repeated.
+        """
+        key = sample, layout.structure
+        if key in self._checked:
+            return True
+        counts = hasattr(program, 'trace')
+        if counts:
+            traced = program.trace(*args, **kwargs)
+            # What nnx.jit returns holds that of jax.jit.
+            traced = getattr(traced, 'traced', traced)
+            number = _decision.num_updates(traced.jaxpr)
+            if number > 1:
+                raise ValueError(_several(number))
+        self._checked.add(key)
+        return counts
+
+    # --- Arguments ---
+
+    def _layout(self, args: Any, kwargs: Any) -> tuple[list[Any], '_Layout']:
+        """The leaves of a call, and what is where among them."""
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        layout = self._layouts.get(structure)
+        if layout is None:
+            layout = self._layouts[structure] = _Layout.of(args, kwargs, structure)
+        return leaves, layout
+
+    def _own(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: list[Any],
+        layout: '_Layout',
+        continues: bool,
+    ) -> tuple[Any, Any]:
+        """The arguments, with memory of their own where they are donated."""
+        if not self._donates:
+            return args, kwargs
+        # What came out of a program has buffers of its own, unless somebody put one
+        # of its arrays into a second place since.
+        if continues and not _buffers.repeats(leaves):
+            return args, kwargs
+        donated = [args[place] for place in layout.places]
+        donated += [kwargs[name] for name in layout.names]
+        others = [x for i, x in enumerate(args) if i not in layout.places]
+        others += [x for name, x in kwargs.items() if name not in layout.names]
+        own = iter(_buffers.make_own(donated, others))
+        args = tuple(
+            next(own) if i in layout.places else x for i, x in enumerate(args)
+        )
+        return args, {**kwargs, **{name: next(own) for name in layout.names}}
+
+    def _current_window(
+        self,
+        args: Any,
+        kwargs: Any,
+        leaves: list[Any],
+        layout: '_Layout',
+        continues: bool,
+    ) -> '_Window':
+        """The window that the next step belongs to, read if it is not known."""
+        window = self._window
+        if window is not None and continues and window.taken < len(window.plan):
+            return window
+        if layout.is_accumulated:
+            raise ValueError(
+                'The state must not hold optax.MultiSteps around a method of vsam_jax,'
+                ' got one: the plan counts updates, and this would be called once per'
+                ' mini-step. Jit train_step as it is (traced), give num_micro_batches'
+                ' to the function that builds it, or put optax.MultiSteps around what'
+                ' comes after the method.'
+            )
+        new = _Window.read(*leaves[layout.counter : layout.counter + 3])
+        self.num_reads += 1
+        if window is not None and continues and new.step != window.next_step:
+            self._window = None
+            raise RuntimeError(
+                f'The state is at step {new.step} of vsam, but {window.next_step}'
+                ' is what the calls of this PlannedStep add up to: some calls did'
+                ' not advance it. Every call must; skip a bad update after vsam, as'
+                ' in chain(vsam(...), apply_if_finite(sgd(...), ...)), not around'
+                ' it. To go on, make a new PlannedStep or restore a checkpoint.'
+            )
+        self._window = new
+        return new
+
+    def _next_counter(
+        self, output: Any, args: Any, kwargs: Any, leaves: list[Any], layout: '_Layout'
+    ) -> Any:
+        """The step counter of the state that came out of a step."""
+        new, structure = jax.tree.flatten(output)
+        places = self._layouts.get(structure)
+        if places is None:
+            places = self._layouts[structure] = _Layout.of((output,), {}, structure)
+        if places.counter is not None:
+            return new[places.counter]
+        after, place = self._layout(args, kwargs)
+        if place.counter is None or after[place.counter] is leaves[layout.counter]:
+            self._window = None
+            raise TypeError(_not_returned(output))
+        return after[place.counter]
+
+
+class _Program:
+    """One of the two programs of a driver, whatever the arguments are donated as."""
+
+    def __init__(self, driver: PlannedStep, sample: bool):
+        self._driver = driver
+        self._sample = sample
+
+    def _of(self, args: Any, kwargs: Any) -> Any:
+        _, layout = self._driver._layout(args, kwargs)
+        return self._driver._compiled(self._sample, layout)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._of(args, kwargs)(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """As the function of that name of a jitted function."""
+        return self._of(args, kwargs).lower(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """As the function of that name of a jitted function."""
+        return self._of(args, kwargs).trace(*args, **kwargs)
+
+
+class _Told:
+    """A function that is jitted already, called with a decision around it."""
+
+    def __init__(self, function: Any, sample: bool):
+        self._function = function
+        self._sample = sample
+        if hasattr(function, 'trace'):
+            self.trace = self._within(function.trace)
+        self.lower = self._within(function.lower)
+
+    def _within(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*args: Any, **kwargs: Any) -> Any:
+            with _decision.decided(self._sample):
+                return function(*args, **kwargs)
+
+        return told
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _decision.decided(self._sample):
+            return self._function(*args, **kwargs)
+
+
+def _specialize(
+    train_step: Callable[..., Any], sample: bool | None
+) -> Callable[..., Any]:
+    """The step of which it is known whether it is sampled."""
+
+    @functools.wraps(train_step)
+    def program(*args: Any, **kwargs: Any) -> Any:
+        before = _counters((args, kwargs))
+        with _decision.decided(sample):
+            output = train_step(*args, **kwargs)
+        if before and not _counters(output):
+            after = _counters((args, kwargs))
+            if len(after) == 1 and after[0] is before[0]:
+                raise TypeError(_not_returned(output))
+        return output
+
+    if sample is not None:
+        program.__name__ = 'sampled_step' if sample else 'reuse_step'
+    return program
+
+
+def _counters(tree: Any) -> list[Any]:
+    return [jax.tree.leaves(state.step)[0] for state in states_in(tree)]
+
+
+def _not_returned(output: Any) -> str:
+    return (
+        'train_step must return the new state, in which its VSAMState stands (or update'
+        f' an object of NNX in place), got a result of type {type(output).__name__}'
+        ' without one, and the state among the arguments as it was: return what'
+        ' tx.update returned as its second value.'
+    )
+
+
+def _several(number: int) -> str:
+    return (
+        'train_step must update the state once a call, because the plan says what one'
+        f' update does, but it updates {number} times or more (in a scan, in'
+        ' several epochs?). Jit it as it is, jax.jit(train_step): traced, every'
+        ' update follows the plan. Or give PlannedStep the step inside of it.'
+    )
+
+
+def _joined(ours: tuple[Any, ...], given: Any) -> tuple[Any, ...]:
+    given = (given,) if isinstance(given, (int, str)) else tuple(given or ())
+    return tuple(dict.fromkeys((*ours, *given)))
+
+
+def _decision_of(sample: Any) -> bool:
+    if not isinstance(sample, (bool, np.bool_)):
+        raise TypeError(f'sample must be None or a Python bool, got {sample!r}.')
+    return bool(sample)
+
+
+class _Layout(NamedTuple):
+    """What is where in the arguments or in the result of a step of one structure.
+
+    Attributes:
+        structure: of arguments by place and by name.
+        counter: the place of the step counter among the leaves, position and plan
+            being next to it; None if there is no method.
+        places: of the arguments in which it stands.
+        names: of those given by name.
+        is_accumulated: whether ``optax.MultiSteps`` stands around the method.
+    """
+
+    structure: Any
+    counter: int | None
+    places: tuple[int, ...]
+    names: tuple[str, ...]
+    is_accumulated: bool
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any, structure: Any) -> '_Layout':
+        nodes = jax.tree.leaves((args, kwargs), is_leaf=is_state)
+        found = [i for i, node in enumerate(nodes) if is_state(node)]
+        if len(found) > 1:
+            raise ValueError(
+                'Arguments and result of train_step must hold one VSAMState, got'
+                f' {len(found)} in one of them: PlannedStep follows one plan. Put one'
+                ' sharpness-aware transformation, outside optax.partition, into the'
+                ' optimizer, or jit train_step as it is (traced).'
+            )
+        return cls(
+            structure=structure,
+            counter=len(jax.tree.leaves(nodes[: found[0]])) if found else None,
+            places=tuple(i for i, x in enumerate(args) if states_in(x)),
+            names=tuple(name for name, x in kwargs.items() if states_in(x)),
+            is_accumulated=is_accumulated((args, kwargs)),
+        )
+
+
+@dataclasses.dataclass
+class _Window:
+    """What the host knows of the window that is being run.
+
+    Attributes:
+        plan: the decisions for the rest of the window, from where it was read.
+        step: the step counter of the state that it was read from.
+        last: the counter array of the state returned last, None before a step was
+            run. It is compared by identity and never read, so it may have been
+            donated since.
+        taken: how many steps were run since the plan was read.
+    """
+
+    plan: list[bool]
+    step: int
+    last: Any = None
+    taken: int = 0
+
+    @property
+    def next_step(self) -> int:
+        return self.step + self.taken
+
+    @classmethod
+    def read(cls, step: jax.Array, position: jax.Array, plan: jax.Array) -> '_Window':
+        """Reads the plan of the window that the state stands in; synchronises."""
+        _check_plan(plan)
+        step, position, plan = jax.device_get((step, position, plan))
+        decisions = [bool(sample) for sample in plan[int(position) :]]
+        return cls(plan=decisions, step=int(step))
+
+    def precedes(self, counter: Any) -> bool:
+        """Whether a state with this counter is the one that the last step returned."""
+        # A step that failed returned none.
+        return self.taken > 0 and counter is self.last
+
+    def follow(self, counter: Any) -> None:
+        """Notes that a step was run, and a state with this counter came out of it."""
+        self.last = counter
+        self.taken += 1
+
+
+def _check_alive(counter: Any) -> None:
+    if isinstance(counter, jax.Array) and not isinstance(counter, core.Tracer):
+        if counter.is_deleted():
+            raise RuntimeError(
+                'The state was consumed by an earlier call, which reused its memory'
+                ' (donate_state=True): go on with what that call returned. To keep a'
+                ' state copy it before, jax.tree.map(jnp.copy, state), or give'
+                ' PlannedStep donate_state=False.'
+            )
+
+
+def _check_plan(plan: jax.Array) -> None:
+    """Raises unless it is one plan that the host can read."""
+    if isinstance(plan, core.Tracer):
+        raise TypeError(
+            'The state must hold concrete arrays, got traced ones: PlannedStep reads'
+            ' the plan on the host. Inside jit, scan or vmap call train_step itself.'
+        )
+    if plan.ndim != 1:
+        raise ValueError(
+            'The state must hold one plan, an array [window], but its plan has shape'
+            f' {plan.shape}: states that were stacked, by vmap for instance, have a'
+            ' plan each. Run them traced, inside one program.'
+        )
+
+
+assert VSAMState._fields[:3] == ('step', 'position', 'plan')  # As a layout has them.

@@ -1,0 +1,283 @@
+"""A training step from a loss that is written once, for any framework.
+
+What is easy to get wrong by hand is right by construction here. The second pass sees
+what the first one saw: the same mini-batch, the same random numbers, the running
+statistics as they were before. What it does to those statistics is thrown away.
+
+A framework calls :meth:`Builder.begin`, gives the gradients to its optimizer with the
+``arguments`` that come with them, and hands what came of it to :meth:`Builder.settle`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vsam_jax import _checks, _collectives, _numerics, convolutions
+from vsam_jax._state import is_accumulated, is_state, states_in
+from vsam_jax._types import DTypeLike, PyTree
+
+# (params, collections, batch, key) -> (loss, (collections, aux))
+LossFn = Callable[..., tuple[jax.Array, tuple[PyTree, Any]]]
+# The same arguments -> (grads, (collections, aux))
+Gradient = Callable[..., tuple[PyTree, tuple[PyTree, Any]]]
+
+
+class Begun(NamedTuple):
+    """A step whose first pass is done.
+
+    Attributes:
+        grads: the gradient, what the optimizer wants.
+        arguments: for ``tx.update``, by name; none where no method stands in the state.
+        collections: whatever the forward pass updates, such as running statistics.
+        aux: anything else that the loss function returned.
+    """
+
+    grads: PyTree
+    arguments: dict[str, Any]
+    collections: PyTree
+    aux: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """What the steps of one builder have in common.
+
+    Attributes:
+        num_micro_batches: into how many parts each pass cuts the mini-batch.
+        axis_name: the mapped axis over the devices, see :func:`vsam_jax.vsam`.
+        per_device: whether each device has its own perturbation.
+        overwrites: the name of a collection among the parameters whose "gradients"
+            take the place of its values; None if there is none.
+    """
+
+    num_micro_batches: int
+    axis_name: _collectives.AxisName
+    per_device: bool
+    overwrites: str | None = None
+
+    def __post_init__(self):
+        number = self.num_micro_batches
+        _checks.assign(
+            self,
+            num_micro_batches=_checks.integer('num_micro_batches', number, low=1),
+            axis_name=_checks.axis_name('axis_name', self.axis_name),
+            per_device=_checks.flag('per_device', self.per_device),
+        )
+        if self.per_device and not self.axis_name:
+            raise ValueError(
+                f'per_device must be False where axis_name is {self.axis_name!r}, got'
+                ' True: name the axis of shard_map or pmap that runs over the devices.'
+            )
+
+    @property
+    def axes(self) -> _collectives.Axes:
+        """The axes to average over; to be asked for where they are mapped."""
+        return _collectives.axes_of(self.axis_name)
+
+    def begin(
+        self,
+        loss_fn: LossFn,
+        params: PyTree,
+        opt_state: PyTree,
+        collections: PyTree,
+        batch: Any,
+        key: jax.Array | None,
+        *,
+        sample: Any,
+        dynamic_scale: Any = None,
+    ) -> Begun:
+        """Takes the first pass and prepares the second.
+
+        Args:
+            loss_fn: ``(params, collections, batch, key) -> (loss, (collections, aux))``.
+            params: where the first gradient is taken.
+            opt_state: the optimizer's state.
+            collections: see :class:`Begun`.
+            batch: the mini-batch, arrays with a leading axis of examples.
+            key: for random numbers, or None.
+            sample: whether the step is sampled, see :func:`vsam_jax.vsam`.
+            dynamic_scale: a loss scale for both passes, or None: an object like Flax's
+                ``DynamicScale``.
+
+        Returns:
+            See :class:`Begun`; ``aux`` has a leading axis over the micro-batches where
+            there are several.
+        """
+        _check_accumulation(opt_state)
+        _collectives.check_told(self.axis_name, (), ())
+        axes = self.axes
+        gradient = convolutions.canonical(self._gradient(loss_fn, dynamic_scale))
+        if self.num_micro_batches > 1:
+            # A gradient that a loss scale was divided out of is float32, because a
+            # narrower dtype may not hold it.
+            dtype = None if dynamic_scale is None else jnp.float32
+            gradient = _accumulated(gradient, self.num_micro_batches, dtype)
+        before = _collectives.own_copy(collections, axes)
+        grads, (after, aux) = gradient(
+            _collectives.own_copy(params, axes), before, batch, key
+        )
+        if self.has_overwrites(grads):
+            # Sizes that were seen: over all devices the largest ones count.
+            seen = _collectives.largest(grads[self.overwrites], axes)
+            grads = {**grads, self.overwrites: seen}
+        arguments = {}
+        if states_in(opt_state):
+            arguments = {
+                # What is not perturbed is still what all devices share.
+                'grad_fn': lambda p: gradient(
+                    _collectives.own_copy(p, axes), before, batch, key
+                )[0],
+                'sample': sample,
+                'axis_name': self.axis_name,
+                'per_device': self.per_device,
+            }
+        else:
+            # The methods of this package average for themselves, others know no devices.
+            grads = _collectives.mean(grads, axes)
+        return Begun(
+            grads=grads,
+            arguments=arguments,
+            collections=_collectives.mean(_in_dtypes_of(collections, after), axes),
+            aux=aux,
+        )
+
+    def settle(
+        self, begun: Begun, old: PyTree, new: PyTree, dynamic_scale: Any
+    ) -> tuple[PyTree, Any]:
+        """Takes the update back if it was made from a gradient that is not finite.
+
+        Args:
+            begun: what :meth:`begin` returned.
+            old: parameters, collections, optimizer state before the step; any tree.
+            new: the same after it.
+            dynamic_scale: the loss scale of the step, or None.
+
+        Returns:
+            ``new``, or ``old`` but for the state of a method, which advances; and the
+            loss scale of the next step.
+        """
+        if dynamic_scale is None:
+            return new, None
+        # What overflows on one device is skipped on all of them.
+        grads = _collectives.mean(begun.grads, self.axes)
+        leaves = jax.tree.leaves(grads)
+        finite = jnp.array([jnp.isfinite(g).all() for g in leaves]).all()
+        # The direction itself does not tell: the sign of an infinity is finite.
+        finite &= _num_rejected(new) == _num_rejected(old)
+
+        def keep(new_leaf: Any, old_leaf: Any) -> Any:
+            if is_state(new_leaf):
+                return new_leaf  # It knows what to reject, and has to advance.
+            if not isinstance(new_leaf, jax.Array):
+                return new_leaf  # Variables of NNX may hold anything.
+            return jnp.where(finite, new_leaf, old_leaf)
+
+        kept = jax.tree.map(keep, new, old, is_leaf=is_state)
+        return kept, _next_scale(dynamic_scale, finite)
+
+    def has_overwrites(self, grads: PyTree) -> bool:
+        """Whether there is a collection of what takes the place of parameters."""
+        return isinstance(grads, Mapping) and self.overwrites in grads
+
+    def _gradient(self, loss_fn: LossFn, dynamic_scale: Any) -> Gradient:
+        if dynamic_scale is None:
+            return jax.grad(loss_fn, has_aux=True)
+        scaled = dynamic_scale.value_and_grad(loss_fn, has_aux=True)
+
+        def gradient(*args: Any) -> tuple[PyTree, tuple[PyTree, Any]]:
+            result = scaled(*args)
+            grads = result.grad
+            if self.has_overwrites(grads):
+                # These are no gradients: no scale is in them, so none comes out.
+                values = grads[self.overwrites]
+                values = optax.tree.scale(dynamic_scale.scale, values)
+                grads = {**grads, self.overwrites: values}
+            return grads, result.aux[1]
+
+        return gradient
+
+
+def _check_accumulation(opt_state: PyTree) -> None:
+    """Raises where a second gradient would not be that of the whole mini-batch."""
+    if is_accumulated(opt_state):
+        raise ValueError(
+            'tx must not be optax.MultiSteps around a method of vsam_jax here: the'
+            ' second gradient would be that of the last mini-step alone. Give'
+            ' num_micro_batches to the function that builds the step, or put'
+            ' optax.MultiSteps around what comes after the method.'
+        )
+
+
+def _accumulated(
+    gradient: Gradient, num_micro_batches: int, dtype: DTypeLike
+) -> Gradient:
+    """The mean gradient over micro-batches, one after the other.
+
+    Its dtype is ``dtype``, or with None that of each parameter.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        if not jnp.shape(x) or x.shape[0] % num_micro_batches:
+            raise ValueError(
+                'num_micro_batches must divide the leading axis of every array of the'
+                f' mini-batch, got num_micro_batches={num_micro_batches} for an array'
+                f' of shape {jnp.shape(x)}.'
+            )
+        return x.reshape(num_micro_batches, -1, *x.shape[1:])
+
+    def accumulated(
+        params: PyTree, collections: PyTree, batch: Any, key: jax.Array | None
+    ) -> tuple[PyTree, tuple[PyTree, Any]]:
+        def add(carry: Any, micro_batch: Any) -> tuple[Any, Any]:
+            total, collections = carry
+            index, batch = micro_batch
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            grads, (new, aux) = gradient(params, collections, batch, micro_key)
+            collections = _in_dtypes_of(collections, new)
+            total = jax.tree.map(lambda t, g: t + _numerics.widen(g), total, grads)
+            return (total, collections), aux
+
+        zeros = optax.tree.zeros_like(jax.tree.map(_numerics.widen, params))
+        (total, collections), aux = jax.lax.scan(
+            add,
+            (zeros, collections),
+            (jnp.arange(num_micro_batches), jax.tree.map(split, batch)),
+        )
+        mean = optax.tree.scale(1 / num_micro_batches, total)
+        cast = lambda m, p: m.astype(dtype or p.dtype)
+        return jax.tree.map(cast, mean, params), (collections, aux)
+
+    return accumulated
+
+
+def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
+    """The new collections in the dtypes of the old ones, so that a state keeps its.
+
+    Flax's BatchNorm starts in float32, whatever dtype it goes on in.
+    """
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        return new  # Something was added.
+
+    # Unlike optax.tree.cast_like, which random keys among them would refuse, and
+    # numbers that are no arrays.
+    def cast(o: Any, n: Any) -> Any:
+        wanted, given = (getattr(x, 'dtype', None) for x in (o, n))
+        if wanted is None or given is None or wanted == given:
+            return n
+        return n.astype(wanted)
+
+    return jax.tree.map(cast, old, new)
+
+
+def _num_rejected(tree: PyTree) -> jax.Array | int:
+    return sum(state.num_rejected for state in states_in(tree))
+
+
+def _next_scale(dynamic_scale: Any, finite: jax.Array) -> Any:
+    """The loss scale after a step; Flax has its rule inside ``value_and_grad``."""
+    outcome = lambda x: x * jnp.where(finite, 1, jnp.nan)
+    return dynamic_scale.value_and_grad(outcome)(jnp.ones(())).dynamic_scale

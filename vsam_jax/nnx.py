@@ -1,0 +1,360 @@
+"""Flax NNX: the second gradient for loops by hand, and a step that is built.
+
+The second pass runs on a copy of the model, made from the arrays before the first
+pass: it draws the same dropout mask, and what it does to BatchNorm's running
+statistics and to random-number counters is thrown away with the copy. A copy is
+also what a conditional needs, inside which no outer module may be changed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from vsam_jax import _collectives
+from vsam_jax._step import Builder
+from vsam_jax._types import PyTree
+
+__all__ = ['Optimizer', 'make_train_step', 'value_and_grad']
+
+
+class Optimizer(nnx.Optimizer):
+    """Flax's optimizer, with the loss scale that :func:`make_train_step` looks at.
+
+    Only needed for computing in float16; all else takes an ``nnx.Optimizer``.
+
+    Attributes:
+        dynamic_scale: Flax's ``DynamicScale`` with variables for its arrays, or None.
+
+    Args:
+        model: what is trained.
+        tx: the optimizer, such as ``chain(vsam(...), sgd(...))``.
+        wrt: which variables are parameters, a filter of NNX.
+        dynamic_scale: a ``flax.training.dynamic_scale.DynamicScale``, or None.
+
+    Example:
+        >>> import optax, vsam_jax
+        >>> from flax import nnx
+        >>> from flax.training.dynamic_scale import DynamicScale
+        >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+        >>> tx = optax.chain(vsam_jax.sam(), optax.sgd(0.1))
+        >>> optimizer = vsam_jax.nnx.Optimizer(
+        ...     model, tx, wrt=nnx.Param, dynamic_scale=DynamicScale())
+        >>> print(optimizer.dynamic_scale.scale[...])
+        65536.0
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tx: optax.GradientTransformation,
+        *,
+        wrt: Any,
+        dynamic_scale: Any = None,
+    ):
+        super().__init__(model, tx, wrt=wrt)
+        if dynamic_scale is not None:
+            # Strong types from the start: others would compile the step twice.
+            dynamic_scale = dynamic_scale.replace(
+                fin_steps=nnx.Variable(jnp.asarray(dynamic_scale.fin_steps, jnp.int32)),
+                scale=nnx.Variable(jnp.asarray(dynamic_scale.scale, jnp.float32)),
+            )
+        self.dynamic_scale = nnx.data(dynamic_scale)
+
+
+def value_and_grad(
+    f: Callable[..., Any],
+    *,
+    argnums: int | nnx.DiffState = 0,
+    has_aux: bool = False,
+) -> Callable[..., Any]:
+    """As ``nnx.value_and_grad``; the result is the ``grad_fn`` of an update as well.
+
+    Called with a model it takes the first pass, as Flax's own does. Called with
+    parameters, as ``optimizer.update`` calls its ``grad_fn``, it takes the second
+    pass of that call: the same arguments and the same random numbers, on a copy of all
+    modules as they were before the first pass.
+
+    Args:
+        f: the loss, a function of the model and of anything else.
+        argnums: which argument is the model, or an ``nnx.DiffState`` of its place and
+            a filter; with a number the parameters are those of type ``nnx.Param``.
+            They must be those that the optimizer is for.
+        has_aux: whether ``f`` returns a pair, of the loss and anything else.
+
+    Returns:
+        A function of the arguments of ``f`` that returns ``(value, grads)``; after
+        that, as a function of parameters alone, it returns gradients.
+
+    Raises:
+        TypeError: for several ``argnums``; from a call with parameters before one
+            with a model.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, vsam_jax
+        >>> from flax import nnx
+        >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+        >>> tx = optax.chain(vsam_jax.vsam(rho=0.05), optax.sgd(0.1))
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> def loss_fn(model, x, y):
+        ...     return jnp.mean((model(x) - y) ** 2)
+        >>> @nnx.jit
+        ... def train_step(model, optimizer, x, y):
+        ...     grad_fn = vsam_jax.nnx.value_and_grad(loss_fn)
+        ...     loss, grads = grad_fn(model, x, y)
+        ...     optimizer.update(model, grads, grad_fn=grad_fn)
+        ...     return loss
+        >>> first = train_step(model, optimizer, jnp.ones((4, 3)), jnp.ones((4, 1)))
+        >>> second = train_step(model, optimizer, jnp.ones((4, 3)), jnp.ones((4, 1)))
+        >>> bool(second < first)
+        True
+    """
+    if not callable(f):
+        raise TypeError(f'f must be a function of a model, got {f!r}.')
+    if not isinstance(argnums, (int, nnx.DiffState)):
+        raise TypeError(
+            'argnums must be the place of the one model that is trained, an integer or'
+            f' an nnx.DiffState, got {argnums!r}.'
+        )
+    return _TwoPasses(f, argnums, has_aux)
+
+
+class _TwoPasses:
+    """See :func:`value_and_grad`."""
+
+    def __init__(self, f: Any, argnums: int | nnx.DiffState, has_aux: bool):
+        self._first = nnx.value_and_grad(f, argnums=argnums, has_aux=has_aux)
+        self._second = nnx.grad(f, argnums=argnums, has_aux=has_aux)
+        self._place = argnums if isinstance(argnums, int) else argnums.argnum
+        self._has_aux = has_aux
+        self._before: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 1 or _holds_objects(args[0]):
+            # Arrays, because the second pass may stand in a conditional.
+            graphdef, state = nnx.split((args, kwargs))
+            self._before = graphdef, nnx.as_pure(state)
+            return self._first(*args, **kwargs)
+        if self._before is None:
+            raise TypeError(
+                'grad_fn must be called with the model and its mini-batch first, as in'
+                ' loss, grads = grad_fn(model, batch), but was called with parameters:'
+                ' make it and call it in the same training step.'
+            )
+        (params,) = args
+        args, kwargs = nnx.merge(*self._before)
+        nnx.update(args[self._place], params)
+        result = self._second(*args, **kwargs)
+        return nnx.as_pure(result[0] if self._has_aux else result)
+
+
+def _holds_objects(tree: Any) -> bool:
+    return any(map(_is_object, jax.tree.leaves(tree, is_leaf=_is_object)))
+
+
+def _is_object(x: Any) -> bool:
+    return isinstance(x, (nnx.Pytree, nnx.Variable))
+
+
+def make_train_step(
+    loss_fn: Callable[[Any, Any], tuple[jax.Array, Any]],
+    *,
+    num_micro_batches: int = 1,
+    axis_name: _collectives.AxisName = None,
+    per_device: bool = False,
+) -> Callable[..., Any]:
+    """Builds the training step of an NNX model from a loss that is written once.
+
+    Args:
+        loss_fn: ``loss_fn(model, batch) -> (loss, aux)`` runs the model, which is in
+            training mode, on one mini-batch and may change its variables (BatchNorm,
+            Rngs) and make new ones. Other attributes that it sets are lost. Modules
+            and streams of random numbers may stand in ``batch`` too; both passes see
+            them as they were, and what the first does to them is kept.
+        num_micro_batches: gradient accumulation, as in
+            :func:`vsam_jax.linen.make_train_step`.
+        axis_name: the mapped axis over the devices, as there: gradients and the model's
+            floating-point variables (running statistics) are averaged over it, and
+            streams of random numbers differ between the devices.
+        per_device: only with ``axis_name``: whether each device has a perturbation of
+            its own, see :func:`vsam_jax.vsam`.
+
+    Returns:
+        ``train_step(model, optimizer, batch, *, sample=None) -> aux``, not jitted.
+        It updates ``model`` and the ``nnx.Optimizer`` in place; ``aux`` comes from
+        the first pass. Jit it, ``nnx.jit(train_step)``, or plan it,
+        ``vsam_jax.PlannedStep(nnx.jit(train_step))``. It works with any optax
+        optimizer. It raises a ``ValueError`` for ``optax.MultiSteps`` around a method
+        of this package.
+
+        With a ``dynamic_scale`` in an :class:`Optimizer` both passes scale the loss
+        with it, and an overflow is treated as in
+        :func:`vsam_jax.linen.make_train_step`; streams of random numbers go on.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> from flax import nnx
+        >>> class Model(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.hidden = nnx.Linear(3, 8, rngs=rngs)
+        ...         self.norm = nnx.BatchNorm(8, rngs=rngs)
+        ...         self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        ...         self.out = nnx.Linear(8, 1, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         x = nnx.relu(self.norm(self.hidden(x)))
+        ...         return self.out(self.dropout(x))
+        >>> def loss_fn(model, batch):
+        ...     x, y = batch
+        ...     loss = jnp.mean((model(x) - y) ** 2)
+        ...     return loss, {'loss': loss}
+        >>> model = Model(nnx.Rngs(0))
+        >>> tx = optax.chain(vsam_jax.vsam(rho=0.05), optax.sgd(0.1))
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> step = nnx.jit(vsam_jax.nnx.make_train_step(loss_fn))
+        >>> batch = jnp.ones((4, 3)), jnp.ones((4, 1))
+        >>> for _ in range(3):
+        ...     metrics = step(model, optimizer, batch)
+        >>> int(optimizer.step[...]), metrics['loss'].shape
+        (3, ())
+    """
+    builder = Builder(num_micro_batches, axis_name, per_device)
+
+    def train_step(
+        model: Any, optimizer: nnx.Optimizer, batch: Any, *, sample: Any = None
+    ) -> Any:
+        view = _View(model, optimizer.wrt, batch, builder)
+        dynamic_scale = nnx.as_pure(getattr(optimizer, 'dynamic_scale', None))
+        opt_state = nnx.as_pure(optimizer.opt_state)
+        begun = builder.begin(
+            view.pure_loss(loss_fn),
+            nnx.as_pure(view.params),
+            opt_state,
+            nnx.as_pure(view.others),
+            view.arrays,
+            None,
+            sample=sample,
+            dynamic_scale=dynamic_scale,
+        )
+        view.write_back(begun.collections)
+        optimizer.update(model, view.gradients(begun.grads), **begun.arguments)
+        if dynamic_scale is not None:
+            _settle(builder, begun, view, optimizer, opt_state, dynamic_scale)
+        return begun.aux
+
+    return train_step
+
+
+class _View:
+    """Model and mini-batch as arrays, and the way back.
+
+    Attributes:
+        params: what is trained, a state of NNX.
+        others: all other variables, of the modules in the mini-batch too.
+        arrays: the mini-batch's arrays.
+    """
+
+    def __init__(self, model: Any, wrt: Any, batch: Any, builder: Builder):
+        leaves, self._batch = jax.tree.flatten(batch, is_leaf=_is_object)
+        self._places = [_is_object(x) for x in leaves]
+        self._objects = [x for x in leaves if _is_object(x)]
+        self.arrays = [x for x in leaves if not _is_object(x)]
+        self._modules = (model, self._objects)
+        trains = nnx.filterlib.to_predicate(wrt)
+        self._is_param = lambda path, x: path[0] == 0 and trains(path[1:], x)
+        self._graphdef, params, self.others = nnx.split(
+            self._modules, self._is_param, ...
+        )
+        # The model's own, as the optimizer sees them.
+        self.params = params.get(0, nnx.State({}))
+        self._axes = builder.axes
+        # With the types of variables, also of those that the loss function makes.
+        self._structure = jax.tree.structure(self.others)
+
+    def pure_loss(self, loss_fn: Any) -> Any:
+        """The loss as a function of arrays."""
+
+        def pure_loss(
+            params: PyTree, others: PyTree, arrays: Any, key: None
+        ) -> tuple[jax.Array, tuple[PyTree, Any]]:
+            del key  # Random numbers come from the streams among the others.
+            modules = nnx.merge(self._graphdef, nnx.State({0: params}), others)
+            model, objects = modules
+            keys = _own_streams(modules, self._axes)
+            loss, aux = loss_fn(model, self._merged(objects, arrays))
+            nnx.update(modules, keys)  # All devices' again.
+            changed = nnx.split(modules, self._is_param, ...)[2]
+            self._structure = jax.tree.structure(changed)
+            return loss, (nnx.as_pure(changed), aux)
+
+        return pure_loss
+
+    def _merged(self, objects: Any, arrays: Any) -> Any:
+        """The mini-batch with objects and arrays in their places."""
+        given = iter(objects), iter(arrays)
+        leaves = [next(given[0 if is_one else 1]) for is_one in self._places]
+        return jax.tree.unflatten(self._batch, leaves)
+
+    def write_back(self, collections: PyTree) -> None:
+        """Gives the modules what the first pass left in their variables."""
+        changed = jax.tree.unflatten(self._structure, jax.tree.leaves(collections))
+        nnx.update(self._modules, changed)
+
+    def gradients(self, grads: PyTree) -> nnx.State:
+        """Gradients as the optimizer picks them: by the types of their variables."""
+        structure = jax.tree.structure(self.params)
+        return jax.tree.unflatten(structure, jax.tree.leaves(grads))
+
+    def values(self) -> PyTree:
+        """Parameters and other variables as they are now, without random numbers."""
+        state = nnx.state(self._modules, nnx.Not(nnx.RngState))
+        return nnx.as_pure(state)
+
+    def before(self) -> PyTree:
+        """The same as they were."""
+        state = nnx.merge_state(nnx.State({0: self.params}), self.others)
+        return nnx.as_pure(nnx.filter_state(state, nnx.Not(nnx.RngState)))
+
+    def take(self, values: PyTree) -> None:
+        """Gives the modules such values."""
+        nnx.update(self._modules, values)
+
+
+def _own_streams(modules: Any, axes: _collectives.Axes) -> nnx.State:
+    """Makes streams of random numbers differ between devices; returns what they were."""
+    keys = nnx.as_pure(nnx.state(modules, nnx.RngKey)) if axes else nnx.State({})
+
+    def own(key: jax.Array) -> jax.Array:
+        return jax.vmap(own)(key) if key.ndim else _collectives.own_key(key, axes)
+
+    nnx.update(modules, jax.tree.map(own, keys))
+    return keys
+
+
+def _settle(
+    builder: Builder,
+    begun: Any,
+    view: _View,
+    optimizer: Any,
+    opt_state: PyTree,
+    dynamic_scale: Any,
+) -> None:
+    """Takes the update back after an overflow, and sets the next loss scale."""
+    old, new = view.before(), view.values()
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        # The model made variables: their first values stay.
+        paths = dict(nnx.to_flat_state(old))
+        new = nnx.from_flat_state(
+            [(path, x) for path, x in nnx.to_flat_state(new) if path in paths]
+        )
+    (values, state), scale = builder.settle(
+        begun,
+        (old, opt_state),
+        (new, nnx.as_pure(optimizer.opt_state)),
+        dynamic_scale,
+    )
+    view.take(values)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    nnx.update(optimizer.dynamic_scale, nnx.state(scale))

@@ -20,11 +20,11 @@ def with_own_buffers(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: _own(leaf, seen), tree)
 
 
-def make_own(donated: Sequence[Any], others: Any) -> list[Any]:
+def make_own(donated: Any, others: Any) -> Any:
     """Gives donated arguments memory that neither they nor the others hold twice.
 
     Args:
-        donated: arguments of a step. Variables of NNX in them are changed in place.
+        donated: a tree of arguments. Variables of NNX in it are changed in place.
         others: the arguments that are not donated.
 
     Returns:
@@ -34,7 +34,7 @@ def make_own(donated: Sequence[Any], others: Any) -> list[Any]:
     for leaf in jax.tree.leaves(others):
         if isinstance(leaf, jax.Array):
             seen.update(_buffers(leaf))
-    return [_replace(tree, lambda leaf: _own(leaf, seen)) for tree in donated]
+    return _replace(donated, lambda leaf: _own(leaf, seen))
 
 
 def repeats(leaves: Sequence[Any]) -> bool:
@@ -44,17 +44,25 @@ def repeats(leaves: Sequence[Any]) -> bool:
 
 
 def _replace(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Maps the leaves of a tree; objects that hold variables stay what they are."""
+    """Maps the leaves of a tree; objects of NNX stay what they are, changed in place."""
     # Without importing Flax: who passes its objects has done so.
     nnx: Any = sys.modules.get('flax.nnx')
-    is_variable = lambda x: nnx is not None and isinstance(x, nnx.Variable)
-    nodes = jax.tree.leaves(tree, is_leaf=is_variable)
-    variables = {id(x): x for x in nodes if is_variable(x)}
-    if not variables:
+    if nnx is None:
         return jax.tree.map(function, tree)
-    for variable in variables.values():
-        variable.set_value(jax.tree.map(function, variable.get_value()))
-    return tree
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    is_object = lambda x: is_variable(x) or isinstance(x, nnx.Pytree)
+    changed: set[int] = set()  # A variable may stand in two places.
+
+    def replace(node: Any) -> Any:
+        if not is_object(node):
+            return function(node)
+        for x in jax.tree.leaves(node, is_leaf=is_variable):
+            if is_variable(x) and id(x) not in changed:
+                changed.add(id(x))
+                x.set_value(jax.tree.map(function, x.get_value()))
+        return node
+
+    return jax.tree.map(replace, tree, is_leaf=is_object)
 
 
 def _own(leaf: Any, seen: set[Any]) -> Any:

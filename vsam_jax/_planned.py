@@ -123,6 +123,10 @@ class PlannedStep:
             donate_state = takes_donations
         self._step = train_step
         self._jit = None if is_jitted else jit
+        self._others_donated = (
+            jit_options.pop('donate_argnums', ()),
+            jit_options.pop('donate_argnames', ()),
+        )
         self._jit_options = jit_options
         self._donates = donate_state and not is_jitted
         self._programs: dict[Any, Any] = {}
@@ -179,22 +183,20 @@ class PlannedStep:
         """The program of one decision, None for that of the plan in the state."""
         if self._jit is None:
             return self._step if sample is None else _Told(self._step, sample)
-        names, places = layout.names, layout.places
-        if not self._donates:
-            names, places = (), ()
-        key = sample, places, names
+        donated = self._donated(layout)
+        key = sample, donated
         if key not in self._programs:
-            options = dict(self._jit_options)
-            if places or 'donate_argnums' in options:
-                options['donate_argnums'] = _joined(
-                    places, options.get('donate_argnums')
-                )
-            if names or 'donate_argnames' in options:
-                options['donate_argnames'] = _joined(
-                    names, options.get('donate_argnames')
-                )
+            options = dict(zip(('donate_argnums', 'donate_argnames'), donated))
+            options = self._jit_options | {k: v for k, v in options.items() if v}
             self._programs[key] = self._jit(_specialize(self._step, sample), **options)
         return self._programs[key]
+
+    def _donated(self, layout: '_Layout') -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Which arguments are donated, by place and by name: the state's and others."""
+        places, names = map(_as_tuple, self._others_donated)
+        if self._donates:
+            places, names = (*layout.places, *places), (*layout.names, *names)
+        return tuple(dict.fromkeys(places)), tuple(dict.fromkeys(names))
 
     def _check_program(
         self, program: Any, sample: bool, layout: '_Layout', args: Any, kwargs: Any
@@ -237,21 +239,21 @@ class PlannedStep:
         continues: bool,
     ) -> tuple[Any, Any]:
         """The arguments, with memory of their own where they are donated."""
-        if not self._donates:
-            return args, kwargs
         # What came out of a program has buffers of its own, unless somebody put one
         # of its arrays into a second place since.
-        if continues and not _buffers.repeats(leaves):
+        if self._jit is None or (continues and not _buffers.repeats(leaves)):
             return args, kwargs
-        donated = [args[place] for place in layout.places]
-        donated += [kwargs[name] for name in layout.names]
-        others = [x for i, x in enumerate(args) if i not in layout.places]
-        others += [x for name, x in kwargs.items() if name not in layout.names]
-        own = iter(_buffers.make_own(donated, others))
-        args = tuple(
-            next(own) if i in layout.places else x for i, x in enumerate(args)
+        places, names = self._donated(layout)
+        places = [place % len(args) for place in places]
+        donated = [args[i] for i in places], [kwargs[n] for n in names if n in kwargs]
+        others = (
+            [x for i, x in enumerate(args) if i not in places],
+            [x for name, x in kwargs.items() if name not in names],
         )
-        return args, {**kwargs, **{name: next(own) for name in layout.names}}
+        by_place, by_name = _buffers.make_own(donated, others)
+        own = dict(zip(places, by_place, strict=True))
+        args = tuple(own.get(i, x) for i, x in enumerate(args))
+        return args, kwargs | dict(zip((n for n in names if n in kwargs), by_name))
 
     def _current_window(
         self,
@@ -310,6 +312,7 @@ class _Program:
     def __init__(self, driver: PlannedStep, sample: bool):
         self._driver = driver
         self._sample = sample
+        self.__name__ = _name(sample)
 
     def _of(self, args: Any, kwargs: Any) -> Any:
         _, layout = self._driver._layout(args, kwargs)
@@ -366,8 +369,12 @@ def _specialize(
         return output
 
     if sample is not None:
-        program.__name__ = 'sampled_step' if sample else 'reuse_step'
+        program.__name__ = _name(sample)
     return program
+
+
+def _name(sample: bool) -> str:
+    return 'sampled_step' if sample else 'reuse_step'
 
 
 def _counters(tree: Any) -> list[Any]:
@@ -392,9 +399,8 @@ def _several(number: int) -> str:
     )
 
 
-def _joined(ours: tuple[Any, ...], given: Any) -> tuple[Any, ...]:
-    given = (given,) if isinstance(given, (int, str)) else tuple(given or ())
-    return tuple(dict.fromkeys((*ours, *given)))
+def _as_tuple(given: Any) -> tuple[Any, ...]:
+    return (given,) if isinstance(given, (int, str)) else tuple(given or ())
 
 
 def _decision_of(sample: Any) -> bool:
@@ -467,7 +473,7 @@ class _Window:
     def read(cls, step: jax.Array, position: jax.Array, plan: jax.Array) -> '_Window':
         """Reads the plan of the window that the state stands in; synchronises."""
         _check_plan(plan)
-        step, position, plan = jax.device_get((step, position, plan))
+        plan, position, step = jax.device_get((plan, position, step))
         decisions = [bool(sample) for sample in plan[int(position) :]]
         return cls(plan=decisions, step=int(step))
 

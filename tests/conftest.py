@@ -1,11 +1,27 @@
 """Settings that all tests share."""
 
+import os
+import pathlib
+
 import hypothesis
 import jax
 import pytest
 
 # Before the first computation: tests of shardings need more than one device.
 jax.config.update('jax_num_cpu_devices', 8)
+
+# What was compiled once is read again: by later runs, and by processes that tests start.
+CACHE = {
+    'jax_compilation_cache_dir': str(
+        pathlib.Path(__file__).parent.parent / '.jax_cache'
+    ),
+    'jax_persistent_cache_min_compile_time_secs': 0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+}
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    for name, value in CACHE.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 hypothesis.settings.register_profile(
     'default',

@@ -1,4 +1,5 @@
 # make demo   trains on handwritten digits with wrong labels and shows what vSAM gains
+# make check  lint, types, the tests of the library: while one works on it
 # make test   lint, types, tests, doctests, wheel; what continuous integration runs
 # make help   all of them
 
@@ -29,7 +30,7 @@ endif
 # of CUDA 12 overwrite each other.
 PEERS := $(if $(filter cuda12 tpu,$(ACCELERATOR)),experiments,benchmark)
 
-.PHONY: help demo test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
+.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
@@ -48,6 +49,10 @@ $(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 
 demo: .venv-demo/.ready ## the main job: SGD, SAM, vSAM and steady vSAM on noisy digits; results in demo/
 	$(DEMO)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=demo
+
+check: lint types .venv-test/.ready ## lint, types, tests and doctests of the library; 2 minutes from the second time on
+	$(TEST)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not subprocess' \
+	  vsam_jax tests/library tests/test_layout.py
 
 test: lint types pytest wheel ## everything below but test-slow and bench
 
@@ -138,4 +143,4 @@ paper: $(PAPER_ENV)/.ready ## CIFAR-100 on an accelerator: tuning, seven methods
 	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
 
 clean: ## removes what the others made
-	rm -rf .venv-* build demo runs
+	rm -rf .venv-* .jax_cache build demo runs

@@ -1,11 +1,26 @@
 """Settings that all tests share."""
 
+import os
+import pathlib
+
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # Before the first computation: tests of shardings need more than one device.
 jax.config.update('jax_num_cpu_devices', 8)
+
+# What was compiled once is read again, in later runs and in processes of tests too.
+CACHE = {
+    'jax_compilation_cache_dir': f'{pathlib.Path(__file__).parents[1]}/.jax_cache',
+    'jax_persistent_cache_min_compile_time_secs': 0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+}
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    for name, value in CACHE.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 hypothesis.settings.register_profile(
     'default',
@@ -21,3 +36,14 @@ def x64():
     """Runs a test in 64-bit mode."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def no_compilation_cache():
+    """Has a test compile everything anew, as one that times it must."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update('jax_compilation_cache_dir', None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update('jax_compilation_cache_dir', folder)
+    compilation_cache.reset_cache()

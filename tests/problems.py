@@ -35,11 +35,11 @@ METHODS = {
     ),
 }
 
-GOLDEN = pathlib.Path(__file__).parent / 'golden'
+GOLDEN = pathlib.Path(__file__).parent / 'library' / 'golden'
 
 
 def load_golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A recorded trajectory and its settings; see tests/golden/README.md."""
+    """A recorded trajectory and its settings; see tests/library/golden/README.md."""
     with np.load(GOLDEN / f'{name}.npz') as file:
         data = {key: file[key] for key in file}
     return data, json.loads(str(data.pop('meta')))

@@ -23,7 +23,7 @@ from experiments.configs import digits
 from experiments.devices import Devices
 from experiments.experiment import Experiment
 from experiments.train import train
-from tests import test_devices
+from tests.processes import ROOT, free_port
 
 # No number of examples is a multiple of the number of devices, and ESAM's second
 # gradient is of 18 of them.
@@ -222,7 +222,7 @@ def processes(
     flags += [f'--config.{name}={value}' for name, value in settings.items()]
     if count > 1:
         flags += [
-            f'--coordinator=127.0.0.1:{test_devices.free_port()}',
+            f'--coordinator=127.0.0.1:{free_port()}',
             f'--num_processes={count}',
         ]
     with contextlib.ExitStack() as stack:
@@ -232,7 +232,7 @@ def processes(
             log = (path.parent / f'{path.name}-{number}.txt').open('w')
             process = subprocess.Popen(
                 [sys.executable, '-m', 'experiments.train', *flags, *own],
-                cwd=pathlib.Path(__file__).parent.parent,
+                cwd=ROOT,
                 env={**os.environ, 'JAX_NUM_CPU_DEVICES': str(2 // count)},
                 stdout=stack.enter_context(log),
                 stderr=subprocess.STDOUT,
@@ -248,6 +248,7 @@ def outputs(path: pathlib.Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.subprocess
 def test_two_processes_that_were_killed_end_as_one_with_as_many_devices(tmp_path):
     path = tmp_path / 'two'
     with processes(tmp_path / 'one', count=1) as (process,):

@@ -1,6 +1,6 @@
 """One of two processes that train together; run by test_devices.py.
 
-python -m tests.two_processes PORT INDEX OUTPUT
+python -m tests.library.two_processes PORT INDEX OUTPUT
 """
 
 import hashlib
@@ -35,18 +35,19 @@ def run(layout: str, planned: bool) -> dict[str, Any]:
     """Trains on this process's half of each mini-batch; what came of it."""
     # Imported here: this module runs before jax is set up, those make arrays.
     import vsam_jax
-    from tests import problems, test_devices
+    from tests import problems
+    from tests.library import sharded_runs
 
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, P('data'))
     if layout == 'fsdp':
-        specs = test_devices.LAYOUTS['fsdp']
-        tx = test_devices.optimizer('vsam')
-        step = problems.make_step(tx, test_devices.loss_fn)
+        specs = sharded_runs.LAYOUTS['fsdp']
+        tx = sharded_runs.optimizer('vsam')
+        step = problems.make_step(tx, sharded_runs.loss_fn)
     else:
-        specs = test_devices.LAYOUTS['replicated']
-        tx = test_devices.optimizer('vsam', axis_name='data', per_device=True)
-        step = test_devices.mapped_step(tx)
+        specs = sharded_runs.LAYOUTS['replicated']
+        tx = sharded_runs.optimizer('vsam', axis_name='data', per_device=True)
+        step = sharded_runs.mapped_step(tx)
     params = [
         jax.make_array_from_callback(
             p.shape, NamedSharding(mesh, spec), lambda i, p=p: np.asarray(p)[i]
@@ -56,11 +57,11 @@ def run(layout: str, planned: bool) -> dict[str, Any]:
     make_state = lambda params: (params, tx.init(params))
     shardings = vsam_jax.state_shardings(jax.eval_shape(make_state, params), params)
     state = jax.jit(make_state, out_shardings=shardings)(params)
-    step = test_devices.driver(step, planned, out_shardings=(shardings, None))
+    step = sharded_runs.driver(step, planned, out_shardings=(shardings, None))
 
     half = slice(8 * jax.process_index(), 8 * (jax.process_index() + 1))
     sampled, plans = [], []
-    for batch in test_devices.batches():
+    for batch in sharded_runs.batches():
         batch = jax.tree.map(
             lambda a: jax.make_array_from_process_local_data(split, a[half]), batch
         )

@@ -47,6 +47,7 @@ def test_what_no_interval_covers_is_idle():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('no_compilation_cache')
 def test_a_profile_is_made_and_shown():
     tiny = problems.PROBLEMS['tiny']()
     found = profile.profile(tiny, number=1, steps=1, compilations=1)

@@ -22,7 +22,7 @@ from experiments import (
 )
 from experiments.configs import controllers as tasks
 from experiments.shards import Shard
-from tests.test_experiments import TASK
+from tests.experiments.small import TASK
 
 
 def walk(tx: Any, steps: int, loss: Any = None) -> dict[str, np.ndarray]:

@@ -32,15 +32,8 @@ from experiments import (
 )
 from experiments.configs import cifar10, cifar100, cifar100_small, digits
 from experiments.train import change_of_norm, train
-
-# What methods are made for, where it does not matter.
-TASK = methods.Task(
-    num_steps=10,
-    steps_per_epoch=5,
-    num_examples=20,
-    num_classes=3,
-    last_tensors=lambda n: lambda params: params,
-)
+from tests import processes
+from tests.experiments.small import TASK, changed
 
 
 @pytest.fixture(scope='module')
@@ -70,13 +63,6 @@ def config() -> ml_collections.ConfigDict:
 def programs(config) -> experiment.Experiment:
     """The compiled programs of ``config``, for any seed."""
     return experiment.Experiment(config)
-
-
-def changed(config: Any, **values: Any) -> ml_collections.ConfigDict:
-    """A copy with other values; a double underscore stands for a dot."""
-    return configuration.with_values(
-        config, {name.replace('__', '.'): value for name, value in values.items()}
-    )
 
 
 # --- Data ---------------------------------------------------------------------
@@ -564,6 +550,7 @@ def test_no_events_are_written_without_tensorboardx(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.subprocess
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
     settings = {
         'model': 'mlp',
@@ -583,7 +570,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
                 f'--workdir={tmp_path / name}',
                 *flags,
             ],
-            cwd=pathlib.Path(__file__).parent.parent,
+            cwd=processes.ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -19,25 +19,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
-from tests import problems
+from tests import problems, processes
+from tests.library.resuming_run import CONFIG, SETTINGS, optimizer, plain_state
 from vsam_jax import checkpoint
 
 # Warm-up is over after 7 steps; 9 is the middle of the window from 7 to 10.
 SAVE_AT, STEPS = 9, 17
-
-SETTINGS = {'rho': 0.1, 'window': 4, 'segments': 2, 'seed': 3}
-CONFIG = {'vsam': SETTINGS, 'learning_rate': 0.1}
-
-
-def optimizer(**changes: Any) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(
-        vsam_jax.vsam(**(SETTINGS | changes)), optax.sgd(0.1, momentum=0.9)
-    )
-
-
-def plain_state(tx: Any, **options: Any) -> Any:
-    params = problems.mlp_params(**options)
-    return params, tx.init(params)
 
 
 class Network(nn.Module):
@@ -264,8 +251,8 @@ def test_settings_include_the_defaults():
 
 def worker(folder: pathlib.Path) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, '-m', 'tests.resuming_run', str(folder)],
-        cwd=pathlib.Path(__file__).parent.parent,
+        [sys.executable, '-m', 'tests.library.resuming_run', str(folder)],
+        cwd=processes.ROOT,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -291,6 +278,7 @@ def kill_while_saving(folder: pathlib.Path) -> int | None:
         return manager.latest_step()
 
 
+@pytest.mark.subprocess
 def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(tmp_path):
     # On a busy machine the kill may come after the checkpoint is complete.
     for attempt in range(5):

@@ -13,19 +13,7 @@ import pytest
 import vsam_jax
 from experiments import configuration, models
 from experiments.networks import pyramidnet, vit
-
-# The same networks with less of everything, for what has to be compiled.
-SMALL = {
-    'mlp': {'width': 2},
-    'cnn': {'width': 2},
-    'small_resnet': {'width': 2},
-    'resnet18': {'width': 2},
-    'resnet50': {'width': 2},
-    'wide_resnet': {'depth': 10, 'width': 1},
-    'pyramidnet': {'depth': 14, 'alpha': 12, 'width': 2},
-    'mobilenet': {'width': 2},
-    'vit': {'width': 6, 'depth': 2},
-}
+from tests.experiments.small import SMALL
 
 
 def abstract_variables(model: nn.Module, shape: tuple[int, ...] = (32, 32, 3)):

@@ -1,6 +1,7 @@
 """Planned and traced runs, and the driver that follows a plan on the host."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
-from experiments.benchmark import programs
 from tests import problems
 from vsam_jax.state import with_own_buffers
 
@@ -107,7 +107,7 @@ def test_no_tensor_of_the_size_of_the_parameters_is_copied(name, psf_dtype, samp
     lowered = jax.jit(step, donate_argnums=0).lower(state, jnp.ones((8, 96)))
     compiled = lowered.compile()
     assert (conditionals(compiled) > 0) == (sample is None)
-    assert programs.copies(compiled.as_text(), [(96, 96)])['count'] == 0
+    assert not re.search(r'= \w+\[96,96\]\S* copy(-start)?\(', compiled.as_text())
 
 
 def test_the_reuse_program_evaluates_one_gradient_and_the_sampled_one_two():

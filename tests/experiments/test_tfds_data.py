@@ -1,6 +1,6 @@
 """Data sets of TensorFlow Datasets: what is read, what is kept, what is refused.
 
-The data set in tests/fixtures/tfds was made by tests/fixtures/make_tiny_images.py.
+The data set in fixtures/tfds was made by fixtures/make_tiny_images.py.
 """
 
 import json
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from experiments import configuration, data, files, tfds_data
-from tests.fixtures import make_tiny_images
+from tests import processes
+from tests.experiments.fixtures import make_tiny_images
 
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 INFO, FEATURES = 'dataset_info.json', 'features.json'
@@ -182,7 +183,7 @@ def test_without_the_packages_the_command_that_installs_them(
 
 
 def test_the_extras_that_messages_name_exist():
-    pyproject = (pathlib.Path(__file__).parents[1] / 'pyproject.toml').read_text()
+    pyproject = (processes.ROOT / 'pyproject.toml').read_text()
     assert '\ndata = [' in pyproject
     assert '\nprepare = [' in pyproject
 
@@ -382,6 +383,7 @@ def test_a_file_is_the_old_one_until_the_new_one_is_complete(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.subprocess
 def test_the_fixture_can_be_made_anew(tmp_path, cache_dir):
     pytest.importorskip('tensorflow', reason="needs '.[prepare]'")
     subprocess.run(

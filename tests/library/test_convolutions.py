@@ -393,6 +393,7 @@ print(number_of_convolutions(None), number_of_convolutions((AxisType.Auto,)),
 """
 
 
+@pytest.mark.subprocess
 def test_steps_of_the_builders_are_in_portions_on_one_device():
     output = subprocess.run(
         [sys.executable, '-c', ON_ONE_DEVICE],

@@ -8,7 +8,7 @@ import pytest
 
 import vsam_jax
 from tests import problems
-from tests.test_family import Quartic
+from tests.library.quartic import Quartic
 from vsam_jax import reuse
 
 

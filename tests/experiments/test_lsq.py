@@ -31,8 +31,7 @@ from experiments.documents import RESULTS
 from experiments.networks.layers import logits, norm
 from experiments.quantization import QuantizedOperands
 from experiments.train import train
-from tests.test_experiments import TASK, changed
-from tests.test_networks import SMALL
+from tests.experiments.small import SMALL, TASK, changed
 
 BITS = (2, 3, 4, 8)
 IMAGE = (8, 8, 1)

@@ -12,6 +12,18 @@ import optax
 
 import vsam_jax
 
+def random_sam(rho, *, rate=0.5, window=50, seed=0, reuse_psf=True, **kwargs):
+    """SAM on a random share of the steps, put together from parts."""
+    decayed = vsam_jax.reuse.DecayedDifference(decay=0.7, reuse_steps=6)
+    return vsam_jax.sharpness_aware(
+        vsam_jax.perturbation.l2_ascent,
+        vsam_jax.sampling.AtRandom(rate=rate, window=window, seed=seed),
+        decayed if reuse_psf else vsam_jax.reuse.NoReuse(),
+        rho,
+        **kwargs,
+    )
+
+
 # Every method by name, with windows that a short run goes through; rho is left open.
 # The last one has no name in the library: it is put together from parts.
 METHODS = {
@@ -22,9 +34,9 @@ METHODS = {
     'asam': functools.partial(vsam_jax.asam, eta=0.01),
     'looksam': functools.partial(vsam_jax.looksam, every=3),
     'steady_vsam': vsam_jax.steady_vsam,
-    'random_sam': functools.partial(vsam_jax.random_sam, window=5),
+    'random_sam': functools.partial(random_sam, window=5),
     'random_sam_without_reuse': functools.partial(
-        vsam_jax.random_sam, reuse_psf=False, window=5
+        random_sam, reuse_psf=False, window=5
     ),
     'asam_every_third_step_decayed': lambda rho, **kwargs: vsam_jax.sharpness_aware(
         vsam_jax.perturbation.elementwise_ascent(),

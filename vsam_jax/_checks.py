@@ -141,11 +141,11 @@ def flag(name: str, value: Any) -> bool:
 def axis_name(name: str, value: Any) -> Any:
     """Checks the name of a mapped axis, or several of them in a tuple."""
     names = value if isinstance(value, tuple) else (value,)
-    if value is None or (names and all(isinstance(n, str) for n in names)):
+    if value is None or all(isinstance(n, str) for n in names):
         return value
     raise TypeError(
-        f'{name} must be None, the name of a mapped axis or a tuple of such names,'
-        f' got {value!r}.'
+        f'{name} must be None, the name of a mapped axis or a tuple of such names (() if'
+        f' gradients are means already), got {value!r}.'
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from flax import traverse_util
 
 import vsam_jax
+from vsam_jax._state import only_state
 from experiments import models
 from experiments.benchmark import (
     jax_steps,
@@ -87,7 +88,7 @@ def test_a_cycle_makes_the_steps_that_it_says():
         session, variants.VARIANTS['vSAM planned, one step in 5 sampled']
     )
     runner.run(2)
-    state = vsam_jax.find_state(session.state)
+    state = only_state(session.state)
     assert (int(state.step), int(state.num_samples)) == (2 * runner.steps, 2)
 
 

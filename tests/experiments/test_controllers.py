@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import vsam_jax
+from vsam_jax._state import only_state
 from experiments import (
     candidates,
     configuration,
@@ -36,7 +37,7 @@ def walk(tx: Any, steps: int, loss: Any = None) -> dict[str, np.ndarray]:
         gradient = lambda w: jax.grad(loss or noisy)(w, batch)
         grads = gradient(params)
         direction, state = tx.update(grads, state, params, grad_fn=gradient)
-        found = vsam_jax.find_state(state)
+        found = only_state(state)
         added = optax.tree.sub(direction, grads)
         # The direction is g + weight · memory.
         weight = optax.tree.vdot(added, found.psf) / optax.tree.norm(

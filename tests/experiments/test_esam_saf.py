@@ -131,7 +131,7 @@ def test_the_tensors_that_esam_moves_differ_from_step_to_step_with_share_beta():
 def test_esam_of_all_tensors_and_examples_is_sam(x64):
     params, batch = problem()
     sam = optax.chain(vsam_jax.sam(rho=0.3), optax.sgd(LEARNING_RATE))
-    sam_step = jax.jit(vsam_jax.make_train_step(loss_fn))
+    sam_step = jax.jit(vsam_jax.linen.make_train_step(loss_fn))
     esam_step = jax.jit(ESAM(rho=0.3, beta=1.0, gamma=1.0).make_step(loss_fn))
     state, sam_state = state_of(params), state_of(params, sam)
     for _ in range(3):
@@ -225,7 +225,7 @@ def test_saf_is_sgd_before_its_first_epoch_and_not_from_then_on():
     params, batch = problem()
     method = SAF(N, C, steps_per_epoch=1, lag=1, start=3)
     saf_step = jax.jit(method.make_step(loss_fn))
-    sgd_step = jax.jit(vsam_jax.make_train_step(loss_fn))
+    sgd_step = jax.jit(vsam_jax.linen.make_train_step(loss_fn))
     state = state_of(params, memory=method.init_memory())
     sgd_state = state_of(params)
     for epoch in range(5):

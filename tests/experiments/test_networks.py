@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import vsam_jax
+from vsam_jax._state import only_state
 from experiments import configuration, models
 from experiments.networks import pyramidnet, vit
 from tests.experiments.small import SMALL
@@ -210,7 +211,7 @@ def test_statistics_are_taken_over_the_last_tensors_alone():
     triple = lambda params: jax.tree.map(lambda w: 3 * jnp.ones_like(w), params)
     _, state = jax.jit(lambda p: tx.update(p, tx.init(p), p, grad_fn=triple))(params)
     # s is 2 everywhere; the last two tensors have 4 · 3 + 3 elements.
-    measured = vsam_jax.find_state(state)
+    measured = only_state(state)
     np.testing.assert_allclose(measured.psf_norm, 2 * np.sqrt(15), rtol=1e-6)
     assert optax.tree.norm(params) ** 2 > 100
 

@@ -15,6 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems
 from vsam_jax import checkpoint
 
@@ -44,7 +45,7 @@ def main(folder: str) -> None:
     with ocp.CheckpointManager(directory) as manager:
         if manager.latest_step() is not None:
             restored = checkpoint.restore(manager, (state, ballast), config=CONFIG)
-            state, first = restored[0], int(vsam_jax.find_state(restored).step)
+            state, first = restored[0], int(only_state(restored).step)
         for i, batch in enumerate(problems.mlp_batches(14)):
             if i < first:
                 continue

@@ -27,7 +27,7 @@ METHODS: dict[str, Any] = {
     'sam': functools.partial(vsam_jax.sam, 0.1),
     'asam': functools.partial(vsam_jax.asam, 0.5, eta=0.01),
     'looksam': functools.partial(vsam_jax.looksam, 0.1, every=3),
-    'random_sam': functools.partial(vsam_jax.random_sam, 0.1, window=WINDOW),
+    'random_sam': functools.partial(problems.random_sam, 0.1, window=WINDOW),
 }
 
 

@@ -244,8 +244,8 @@ def test_every_name_of_an_axis_must_be_a_string():
     [
         (lambda: vsam_jax.vsam(reuse_steps=2**31 - 1), 'reuse_steps must be'),
         (lambda: reuse.SteadyDifference(1, 0.3), 'every must be .* got 1'),
-        (lambda: vsam_jax.random_sam(seed=2**32), 'seed must be .* got 4294967296'),
-        (lambda: vsam_jax.random_sam(rate=0.0), r'rate must be .* got 0\.0'),
+        (lambda: problems.random_sam(seed=2**32), 'seed must be .* got 4294967296'),
+        (lambda: problems.random_sam(rate=0.0), r'rate must be .* got 0\.0'),
         (lambda: vsam_jax.looksam(every=1, gain=-1.0), 'gain must be .* got -1'),
         (lambda: vsam_jax.steady_vsam(per_device=True), 'per_device must be False'),
     ],
@@ -276,7 +276,7 @@ def test_rules_and_methods_refuse(make, message):
         (vsam_jax.asam, {'rho': 0.5, 'eta': 0.0}),
         (vsam_jax.looksam, {'rho': 0.05, 'every': 5, 'gain': 0.7}),
         (
-            vsam_jax.random_sam,
+            problems.random_sam,
             {'rho': 0.05, 'rate': 0.5, 'window': 50, 'decay': 0.7, 'reuse_steps': 6},
         ),
     ],

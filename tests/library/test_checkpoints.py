@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems, processes
 from tests.library.resuming_run import CONFIG, SETTINGS, optimizer, plain_state
 from vsam_jax import checkpoint
@@ -50,10 +51,10 @@ def flax_loss(params: Any, batch_stats: Any, batch: Any, key: Any) -> Any:
     return losses.mean(), (updated['batch_stats'], None)
 
 
-def flax_state(tx: Any) -> vsam_jax.TrainState:
+def flax_state(tx: Any) -> vsam_jax.linen.TrainState:
     keys = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
     variables = NETWORK.init(keys, jnp.zeros((2, 6)))
-    return vsam_jax.TrainState.create(
+    return vsam_jax.linen.TrainState.create(
         apply_fn=NETWORK.apply, **variables, tx=tx, dropout_key=jax.random.key(2)
     )
 
@@ -76,7 +77,7 @@ def test_a_run_resumed_within_a_window_continues_bit_for_bit(tmp_path, kind, pla
     if kind == 'plain':
         train_step = problems.make_step(tx)
     else:
-        train_step = vsam_jax.make_train_step(flax_loss)
+        train_step = vsam_jax.linen.make_train_step(flax_loss)
     if planned:
         step = vsam_jax.PlannedStep(train_step)
     else:
@@ -87,11 +88,11 @@ def test_a_run_resumed_within_a_window_continues_bit_for_bit(tmp_path, kind, pla
     with ocp.CheckpointManager(tmp_path) as manager:
         for i, batch in enumerate(batches):
             if i == SAVE_AT:
-                assert 0 < vsam_jax.find_state(state).position < 3
+                assert 0 < only_state(state).position < 3
                 # In the background, while the next steps take over the buffers.
                 checkpoint.save(manager, i, state, config=CONFIG)
             state, _ = step(state, batch)
-    assert vsam_jax.find_state(state).num_samples > 7
+    assert only_state(state).num_samples > 7
 
     with ocp.CheckpointManager(tmp_path) as manager:
         resumed = checkpoint.restore(manager, new_state(), config=CONFIG)
@@ -111,7 +112,7 @@ def test_a_state_is_restored_onto_other_shardings(tmp_path):
         ),
         state[0],
     )
-    shardings = vsam_jax.state_shardings(state, params)
+    shardings = vsam_jax.sharding.state_shardings(state, params)
     like = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,
@@ -122,7 +123,7 @@ def test_a_state_is_restored_onto_other_shardings(tmp_path):
         manager.wait_until_finished()
         restored = checkpoint.restore(manager, like, config={})
     assert jax.tree.map(lambda x: x.sharding, restored) == shardings
-    assert not vsam_jax.find_state(restored).psf[2].sharding.is_fully_replicated
+    assert not only_state(restored).psf[2].sharding.is_fully_replicated
     assert_same_bits(restored, state)
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems
 
 
@@ -145,7 +146,7 @@ def test_base_optimizers_learn_planned_as_traced(base):
     traced, traced_state = run(tx, params, batches)
     planned, planned_state = run(tx, params, batches, 'planned')
     problems.assert_close(traced, planned)
-    assert int(vsam_jax.find_state(planned_state).num_samples) < 25
+    assert int(only_state(planned_state).num_samples) < 25
     if base == 'schedule_free':
         traced = optax.contrib.schedule_free_eval_params(traced_state[1], traced)
     before = problems.toy_loss(params, batches[0])
@@ -337,7 +338,7 @@ def test_multi_steps_around_a_method_is_right_if_told_which_mini_step_counts():
     jax.effects_barrier()
     expected, expected_state = run(inner, start, mean_batches(8), loss=mean_loss)
     problems.assert_close(params, expected)
-    samples = int(vsam_jax.find_state(expected_state).num_samples)
+    samples = int(only_state(expected_state).num_samples)
     assert len(calls) == samples < 8
 
 
@@ -491,7 +492,7 @@ def test_optax_tree_utilities_work_on_the_state(name):
     state = tx.init(params)
     assert optax.tree.get(state, 'num_samples') == 0
     changed = optax.tree.set(state, budget=jnp.array(3.0))
-    assert vsam_jax.find_state(changed).budget == 3
+    assert only_state(changed).budget == 3
     ones = optax.tree.map_params(tx, jnp.ones_like, state)
     tree = state[0].psf
     assert jax.tree.structure(ones) == jax.tree.structure(state)

@@ -266,8 +266,8 @@ def test_a_traced_step_has_no_slow_convolution(nested):
 
 def test_micro_batches_have_no_slow_convolution():
     loss_fn = lambda w, stats, batch, key: (conv_loss(w, batch), (stats, key))
-    step = vsam_jax.make_train_step(loss_fn, num_micro_batches=2)
-    state = vsam_jax.TrainState.create(
+    step = vsam_jax.linen.make_train_step(loss_fn, num_micro_batches=2)
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None, params=[jnp.ones((8, 8, 3, 3))] * 2, tx=vsam_jax.sam(0.1)
     )
     assert in_compiled(step, state, jnp.ones((4, 8, 8, 8))) == 10 * ['b01f_01io->b01f']
@@ -378,14 +378,14 @@ def loss_fn(kernel, stats, images, key):
     out = jax.lax.conv(images, kernel, (1, 1), 'SAME')
     return jnp.mean(out ** 2), (stats, None)
 def number_of_convolutions(axis_types):
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None, params=jnp.ones((4, 4, 3, 3)), tx=vsam_jax.sam(0.1))
     images = jnp.ones((64, 4, 8, 8))
     if axis_types is not None:
         mesh = jax.make_mesh((1,), ('data',), axis_types=axis_types)
         place = lambda x: jax.device_put(x, NamedSharding(mesh, P()))
         state, images = jax.tree.map(place, (state, images))
-    step = vsam_jax.make_train_step(loss_fn)
+    step = vsam_jax.linen.make_train_step(loss_fn)
     return str(jax.make_jaxpr(step)(state, images)).count('conv_general_dilated[')
 # Of two passes each: forward, the first portion, and the one in the loop.
 print(number_of_convolutions(None), number_of_convolutions((AxisType.Auto,)),

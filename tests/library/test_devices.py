@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems, processes
 from tests.library.sharded_runs import (
     LAYOUTS,
@@ -31,7 +32,7 @@ from tests.library.sharded_runs import (
     optimizer,
     own_step,
 )
-from vsam_jax.state import states_in
+from vsam_jax._state import states_in
 
 
 def first_state(tx: optax.GradientTransformation) -> tuple[Any, Any]:
@@ -97,7 +98,7 @@ def test_a_sharded_run_is_the_run_on_one_device(method, planned, layout, axis_ty
         make_state = lambda params: (params, tx.init(params))
         options = {}
         if axis_type == AxisType.Auto:
-            shardings = vsam_jax.state_shardings(
+            shardings = vsam_jax.sharding.state_shardings(
                 jax.eval_shape(make_state, params), params
             )
             options = {'out_shardings': (shardings, None)}
@@ -109,7 +110,7 @@ def test_a_sharded_run_is_the_run_on_one_device(method, planned, layout, axis_ty
         step = driver(problems.make_step(tx, loss_fn), planned, **options)
         state, sampled = train(step, state, map(split, batches()))
     assert array_types(state) == before
-    inner = vsam_jax.find_state(state)
+    inner = only_state(state)
     if inner.psf is not None:
         for s, spec in zip(inner.psf, specs, strict=True):
             assert s.sharding.is_equivalent_to(NamedSharding(mesh, spec), s.ndim)
@@ -135,11 +136,11 @@ def test_shardings_of_a_state_follow_the_parameters():
         # Holds factors: at the path of a parameter, but of other shapes.
         optax.scale_by_factored_rms(min_dim_size_to_factor=2),
     )
-    make_state = lambda params: vsam_jax.TrainState.create(
+    make_state = lambda params: vsam_jax.linen.TrainState.create(
         apply_fn=lambda: None, params=params, tx=tx, dropout_key=jax.random.key(0)
     )
     shapes = jax.eval_shape(make_state, params)
-    shardings = vsam_jax.state_shardings(shapes, params)
+    shardings = vsam_jax.sharding.state_shardings(shapes, params)
     expected = {'a': {'w': split}, 'w': whole, 'b': split}
     inner, masked, factored = shardings.opt_state
     assert shardings.params == expected
@@ -155,14 +156,14 @@ def test_shardings_of_a_state_follow_the_parameters():
 def test_parameters_without_a_mesh_have_no_shardings_to_follow():
     params = {'w': jnp.ones(3)}
     with pytest.raises(ValueError, match=r"params must .* at \['w'\] the sharding is"):
-        vsam_jax.state_shardings(params, params)
+        vsam_jax.sharding.state_shardings(params, params)
     two = [jax.make_mesh((n,), ('data',)) for n in (1, 2)]
     params = [
         jax.ShapeDtypeStruct((2,), jnp.float32, sharding=NamedSharding(mesh, P()))
         for mesh in two
     ]
     with pytest.raises(ValueError, match=r'params must .* got 2 meshes'):
-        vsam_jax.state_shardings(params, params)
+        vsam_jax.sharding.state_shardings(params, params)
 
 
 # --- One program per device ---------------------------------------------------
@@ -311,7 +312,7 @@ def flax_run(
         out, updated = network.apply(variables, x, mutable=['batch_stats'])
         return jnp.mean((out - y) ** 2), (updated['batch_stats'], out)
 
-    step = vsam_jax.make_train_step(
+    step = vsam_jax.linen.make_train_step(
         loss, num_micro_batches=num_micro_batches, axis_name=axis_name
     )
     if axis_name is not None:
@@ -320,7 +321,7 @@ def flax_run(
         step = jax.shard_map(
             step, mesh=mesh, in_specs=specs, out_specs=specs, **options
         )
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=network.apply,
         **Network(None).init(jax.random.key(0), batches()[0][0]),
         tx=tx,
@@ -373,14 +374,14 @@ def test_each_device_has_its_own_dropout_mask():
         return jnp.sum(params**2), (batch_stats, jax.random.bits(key, (1,)))
 
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=lambda: None,
         params=jnp.ones(2),
         tx=optimizer('sam', axis_name='data'),
         dropout_key=jax.random.key(2),
     )
     step = jax.shard_map(
-        vsam_jax.make_train_step(loss, axis_name='data', num_micro_batches=2),
+        vsam_jax.linen.make_train_step(loss, axis_name='data', num_micro_batches=2),
         mesh=mesh,
         in_specs=(P(), P('data')),
         out_specs=(P(), P('data')),
@@ -505,14 +506,14 @@ def test_counters_among_running_statistics_stay_whole_numbers_over_devices():
         jnp.sum(w * batch),
         ({'count': stats['count'] + 1}, None),
     )
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None,
         params=jnp.ones(2),
         batch_stats={'count': jnp.zeros((), jnp.int32)},
         tx=vsam_jax.sam(axis_name='data'),
     )
     step = jax.vmap(
-        vsam_jax.make_train_step(loss_fn, axis_name='data'),
+        vsam_jax.linen.make_train_step(loss_fn, axis_name='data'),
         axis_name='data',
         in_axes=(None, 0),
         out_axes=None,
@@ -527,14 +528,14 @@ def test_micro_batches_of_a_device_have_running_statistics_of_their_own():
         jnp.sum(w * batch),
         ({'mean': (stats['mean'] + batch.mean(0)) / 2}, None),
     )
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None,
         params=jnp.ones(2),
         batch_stats={'mean': jnp.zeros(2)},
         tx=vsam_jax.sam(axis_name='data'),
     )
     step = jax.shard_map(
-        vsam_jax.make_train_step(loss_fn, num_micro_batches=2, axis_name='data'),
+        vsam_jax.linen.make_train_step(loss_fn, num_micro_batches=2, axis_name='data'),
         mesh=jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,)),
         in_specs=(P(), P('data')),
         out_specs=(P(), P('data')),
@@ -574,17 +575,17 @@ def test_a_summed_gradient_is_refused_whoever_perturbs(per_device):
 
 def test_the_step_builder_names_a_wrong_axis():
     with pytest.raises(TypeError, match=r'axis_name must be None, .* got 3\.'):
-        vsam_jax.make_train_step(lambda *args: None, axis_name=3)
+        vsam_jax.linen.make_train_step(lambda *args: None, axis_name=3)
 
 
 def test_shardings_of_no_parameters_are_refused():
     with pytest.raises(ValueError, match=r'params must .* got 0 meshes'):
-        vsam_jax.state_shardings({'step': jnp.zeros(())}, {})
+        vsam_jax.sharding.state_shardings({'step': jnp.zeros(())}, {})
 
 
 def test_a_bare_array_without_a_mesh_is_named_by_its_root():
     with pytest.raises(ValueError, match='at its root the sharding is'):
-        vsam_jax.state_shardings(jnp.ones(3), jnp.ones(3))
+        vsam_jax.sharding.state_shardings(jnp.ones(3), jnp.ones(3))
 
 
 @pytest.mark.parametrize('method', ['sgd', 'sam'])
@@ -605,13 +606,13 @@ def test_scales_of_8_bit_floats_are_the_largest_of_all_devices(method):
         return jnp.sum(w * batch), (batch_stats, None)
 
     methods = {'sgd': optax.sgd(0.1), 'sam': vsam_jax.sam(axis_name='data')}
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None,
         params={'params': jnp.ones(2), owned: jnp.array(1.0)},
         tx=methods[method],
     )
     step = jax.shard_map(
-        vsam_jax.make_train_step(loss_fn, axis_name='data'),
+        vsam_jax.linen.make_train_step(loss_fn, axis_name='data'),
         mesh=jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,)),
         in_specs=(P(), P('data')),
         out_specs=(P(), P('data')),

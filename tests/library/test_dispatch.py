@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems
-from vsam_jax.state import with_own_buffers
+from vsam_jax._buffers import with_own_buffers
 
 WINDOW = 6
 
@@ -323,7 +324,7 @@ def test_a_driver_takes_several_first_states_that_hold_buffers_twice():
     for seed in range(2):
         params = problems.mlp_params(seed)
         state, _ = driver((params, tx.init(params)), batch)
-        assert int(vsam_jax.find_state(state).step) == 1
+        assert int(only_state(state).step) == 1
 
 
 def test_python_numbers_in_a_state_stay_what_they_are():
@@ -362,7 +363,7 @@ def test_a_first_call_that_failed_may_be_made_again(placed):
         driver(state, None)
     for batch in problems.mlp_batches(3):
         state, _ = driver(state, batch)
-    assert int(vsam_jax.find_state(state).step) == 3
+    assert int(only_state(state).step) == 3
 
 
 def test_an_array_may_be_put_into_two_places_between_steps():
@@ -395,7 +396,7 @@ def test_accumulation_around_the_method_cannot_be_planned():
     tx = optax.chain(vsam_jax.vsam(), after)
     driver = vsam_jax.PlannedStep(problems.make_step(tx))
     state, _ = driver((params, tx.init(params)), problems.mlp_batches(1)[0])
-    assert int(vsam_jax.find_state(state).step) == 1
+    assert int(only_state(state).step) == 1
 
 
 def test_options_may_be_left_as_jit_has_them():

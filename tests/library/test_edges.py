@@ -89,7 +89,7 @@ def test_optimizers_that_keep_the_first_parameters_can_be_donated():
 
 def test_a_new_train_state_holds_no_buffer_twice():
     params = problems.mlp_params()
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=lambda: None,
         params=params,
         tx=optax.chain(vsam_jax.vsam(), optax.contrib.mechanize(optax.sgd(0.1))),
@@ -103,7 +103,7 @@ def test_plan_and_rings_are_replicated_although_they_have_the_shape_of_the_param
     split = NamedSharding(mesh, P('data'))
     tx = vsam_jax.vsam()  # The window is 50 steps.
     w = jax.device_put(jnp.ones(50), split)
-    shardings = vsam_jax.state_shardings(jax.eval_shape(tx.init, w), w)
+    shardings = vsam_jax.sharding.state_shardings(jax.eval_shape(tx.init, w), w)
     assert shardings.psf == split
     for leaf in jax.tree.leaves(shardings._replace(psf=None)):
         assert leaf == NamedSharding(mesh, P())
@@ -137,7 +137,7 @@ def test_asam_may_scale_none_of_the_tensors_that_it_perturbs():
 def test_nnx_steps_run_optimizers_that_take_no_extra_arguments():
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.scale(-0.1), wrt=nnx.Param)
-    step = vsam_jax.make_nnx_train_step(
+    step = vsam_jax.nnx.make_train_step(
         lambda model, x: (jnp.mean(model(x) ** 2), None)
     )
     before = jnp.copy(model.kernel[...])

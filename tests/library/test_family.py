@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems
 from tests.library.quartic import Quartic
 from vsam_jax import perturbation, reuse, sampling
@@ -147,11 +148,11 @@ def test_random_sam_samples_at_its_rate(rate):
 
 def test_random_sam_checks_what_it_does_not_use():
     with pytest.raises(ValueError, match=r'decay must be .* got 5\.0'):
-        vsam_jax.random_sam(reuse_psf=False, decay=5.0)
+        problems.random_sam(reuse_psf=False, decay=5.0)
 
 
 def test_random_sam_draws_a_new_plan_for_every_window():
-    tx = vsam_jax.random_sam(0.1, rate=0.4, window=5)
+    tx = problems.random_sam(0.1, rate=0.4, window=5)
     step = jax.jit(problems.make_step(tx, problems.toy_loss))
     params = problems.toy_params()
     state = (params, tx.init(params))
@@ -180,7 +181,7 @@ def test_planned_and_traced_give_the_same_run(name):
         traced, _ = traced_step(traced, batch)
         planned, _ = planned_step(planned, batch)
     problems.assert_close(traced, planned)
-    state = vsam_jax.find_state(planned)
+    state = only_state(planned)
     always = name in ('sam', 'asam')
     assert (int(state.num_samples) == 14) == always
 
@@ -246,7 +247,7 @@ def test_looksam_adds_nothing_where_no_orthogonal_part_exists(size):
 
 
 def test_the_second_gradient_of_random_sam_without_reuse_lasts_one_step():
-    tx = vsam_jax.random_sam(0.1, reuse_psf=False)
+    tx = problems.random_sam(0.1, reuse_psf=False)
     params, grad_fn = jnp.ones(2), lambda w: w**3
     _, state = tx.update(
         params**3, tx.init(params), params, grad_fn=grad_fn, sample=True
@@ -263,17 +264,17 @@ def test_every_memory_may_be_narrow(name):
 
 
 def test_another_seed_gives_random_sam_another_plan():
-    plans = [vsam_jax.random_sam(seed=s).init(jnp.ones(2)).plan for s in range(3)]
+    plans = [problems.random_sam(seed=s).init(jnp.ones(2)).plan for s in range(3)]
     assert len({tuple(np.asarray(plan)) for plan in plans}) == 3
 
 
 def test_the_budget_of_random_sam_is_the_expected_number_of_samples():
-    state = vsam_jax.random_sam(rate=0.4, window=5).init(jnp.ones(2))
+    state = problems.random_sam(rate=0.4, window=5).init(jnp.ones(2))
     assert float(state.budget) == pytest.approx(2)
 
 
 def test_a_window_of_random_sam_may_be_one_step():
-    state = vsam_jax.random_sam(window=1).init(jnp.ones(2))
+    state = problems.random_sam(window=1).init(jnp.ones(2))
     assert state.plan.shape == (1,)
 
 
@@ -286,7 +287,7 @@ def test_samples_may_be_far_apart(every):
 
 @pytest.mark.parametrize(
     'tx',
-    [vsam_jax.sam(), vsam_jax.looksam(every=1), vsam_jax.random_sam(rate=1.0)],
+    [vsam_jax.sam(), vsam_jax.looksam(every=1), problems.random_sam(rate=1.0)],
     ids=['sam', 'looksam', 'random_sam'],
 )
 def test_what_is_sampled_on_every_step_needs_no_conditional(tx):

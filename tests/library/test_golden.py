@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems
 
 
@@ -31,10 +32,10 @@ def replay(transformation, name, samples, *, planned):
             state, batch, sample=None if sample is None else jnp.array(sample)
         )
     for t, sample in enumerate(samples):
-        budget = float(vsam_jax.find_state(state).budget)
+        budget = float(only_state(state).budget)
         batch = (jnp.asarray(data['x'][t]), jnp.asarray(data['y'][t]))
         state, loss = run(state, batch, sample)
-        vsam_state = vsam_jax.find_state(state)
+        vsam_state = only_state(state)
         yield t, budget, state[0], vsam_state, float(loss)
 
 

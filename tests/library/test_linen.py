@@ -12,6 +12,7 @@ import pytest
 from flax.training.dynamic_scale import DynamicScale
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems
 
 
@@ -63,7 +64,7 @@ def create(tx, model=None, dtype=jnp.float32, **kwargs):
     variables = model.init(jax.random.key(0), data(dtype)[0], train=False)
     # Flax starts them in float32 and then goes on in the wider dtype.
     variables['batch_stats'] = optax.tree.cast(variables['batch_stats'], dtype)
-    return vsam_jax.TrainState.create(
+    return vsam_jax.linen.TrainState.create(
         apply_fn=model.apply,
         **variables,
         tx=tx,
@@ -92,7 +93,7 @@ def test_the_direction_is_the_gradient_of_the_same_batch_under_the_same_mask():
     model = Model()
     state = create(optimizer('sam'), model, jnp.float64)
     batch, loss_fn = data(jnp.float64), make_loss_fn(model)
-    new, _ = jax.jit(vsam_jax.make_train_step(loss_fn))(state, batch)
+    new, _ = jax.jit(vsam_jax.linen.make_train_step(loss_fn))(state, batch)
     key = jax.random.fold_in(jax.random.key(1), 0)
     grad = lambda p: jax.grad(loss_fn, has_aux=True)(p, state.batch_stats, batch, key)
     grads, (stats, _) = grad(state.params)
@@ -106,7 +107,7 @@ def test_the_direction_is_the_gradient_of_the_same_batch_under_the_same_mask():
 @pytest.mark.parametrize('sample', [True, False])
 def test_running_statistics_come_from_the_first_pass_alone(sample):
     step = jax.jit(
-        vsam_jax.make_train_step(make_loss_fn(Model())), static_argnames='sample'
+        vsam_jax.linen.make_train_step(make_loss_fn(Model())), static_argnames='sample'
     )
     new, _ = step(create(optimizer(rho=1.0)), data(), sample=sample)
     plain, _ = step(create(optax.sgd(0.05)), data())
@@ -114,7 +115,7 @@ def test_running_statistics_come_from_the_first_pass_alone(sample):
 
 
 def test_every_step_draws_a_dropout_mask_of_its_own():
-    step = jax.jit(vsam_jax.make_train_step(make_loss_fn(Model())))
+    step = jax.jit(vsam_jax.linen.make_train_step(make_loss_fn(Model())))
     state = create(optax.sgd(0.0))
     losses = []
     for _ in range(4):
@@ -125,7 +126,7 @@ def test_every_step_draws_a_dropout_mask_of_its_own():
 
 @pytest.mark.usefixtures('x64')
 def test_planned_and_traced_give_the_same_run():
-    train_step = vsam_jax.make_train_step(make_loss_fn(Model()))
+    train_step = vsam_jax.linen.make_train_step(make_loss_fn(Model()))
     traced_step = jax.jit(train_step)
     planned_step = vsam_jax.PlannedStep(train_step)
     traced, planned = (create(optimizer(), dtype=jnp.float64) for _ in range(2))
@@ -142,10 +143,10 @@ def test_a_loss_that_needs_neither_statistics_nor_a_key_works():
         assert key is None
         return jnp.mean((batch[0] @ params['w'] - batch[1]) ** 2), (batch_stats, None)
 
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None, params={'w': jnp.zeros((3, 1))}, tx=optimizer()
     )
-    step = vsam_jax.PlannedStep(vsam_jax.make_train_step(loss_fn))
+    step = vsam_jax.PlannedStep(vsam_jax.linen.make_train_step(loss_fn))
     for _ in range(60):
         state, _ = step(state, data())
     np.testing.assert_allclose(state.params['w'], 1.0, atol=0.2)
@@ -162,10 +163,10 @@ def test_micro_batches_without_state_are_the_whole_batch(driver):
         return loss, (batch_stats, loss)
 
     def train(n):
-        state = vsam_jax.TrainState.create(
+        state = vsam_jax.linen.TrainState.create(
             apply_fn=None, params={'w': jnp.zeros((3, 1))}, tx=optimizer()
         )
-        step = vsam_jax.make_train_step(loss_fn, num_micro_batches=n)
+        step = vsam_jax.linen.make_train_step(loss_fn, num_micro_batches=n)
         step = jax.jit(step) if driver == 'traced' else vsam_jax.PlannedStep(step)
         for _ in range(8):
             state, losses = step(state, data(jnp.float64))
@@ -180,7 +181,7 @@ def test_micro_batches_without_state_are_the_whole_batch(driver):
 
 def test_micro_batches_take_one_second_gradient_of_each_part_with_its_mask():
     seen = []
-    step = vsam_jax.make_train_step(make_loss_fn(Model(), seen), num_micro_batches=2)
+    step = vsam_jax.linen.make_train_step(make_loss_fn(Model(), seen), num_micro_batches=2)
     with jax.disable_jit():
         new, _ = step(create(optimizer('sam')), data())
     assert len(seen) == 4
@@ -206,13 +207,13 @@ def test_micro_batches_keep_what_a_loss_scale_saves_from_underflow():
 
     seen = []
     for n in (1, 2):
-        state = vsam_jax.TrainState.create(
+        state = vsam_jax.linen.TrainState.create(
             apply_fn=None,
             params={'w': jnp.ones(2, jnp.float16)},
             tx=optax.trace(0.0),
             dynamic_scale=DynamicScale(scale=2.0**15),
         )
-        step = vsam_jax.make_train_step(loss_fn, num_micro_batches=n)
+        step = vsam_jax.linen.make_train_step(loss_fn, num_micro_batches=n)
         state, _ = jax.jit(step)(state, jnp.full((4, 2), 1e-8, jnp.float32))
         seen.append(optax.tree.get(state.opt_state, 'trace')['w'])
     np.testing.assert_allclose(seen[0], 1e-8, rtol=1e-2)
@@ -221,11 +222,11 @@ def test_micro_batches_keep_what_a_loss_scale_saves_from_underflow():
 
 
 def test_micro_batches_that_do_not_divide_the_batch_are_refused():
-    step = vsam_jax.make_train_step(make_loss_fn(Model()), num_micro_batches=3)
+    step = vsam_jax.linen.make_train_step(make_loss_fn(Model()), num_micro_batches=3)
     with pytest.raises(ValueError, match=r'num_micro_batches must divide .*=3 .*8, 3'):
         step(create(optimizer()), data())
     with pytest.raises(ValueError, match='num_micro_batches must be an integer >= 1'):
-        vsam_jax.make_train_step(make_loss_fn(Model()), num_micro_batches=0)
+        vsam_jax.linen.make_train_step(make_loss_fn(Model()), num_micro_batches=0)
 
 
 # --- Mixed precision ----------------------------------------------------------
@@ -234,7 +235,7 @@ def test_micro_batches_that_do_not_divide_the_batch_are_refused():
 def test_computing_in_bfloat16_keeps_float32_states_and_learns():
     model = Model(dtype=jnp.bfloat16, rate=0.0)
     state = create(optimizer(rho=0.05), model)
-    step = vsam_jax.PlannedStep(vsam_jax.make_train_step(make_loss_fn(model)))
+    step = vsam_jax.PlannedStep(vsam_jax.linen.make_train_step(make_loss_fn(model)))
     losses = []
     for _ in range(40):
         state, aux = step(state, data())
@@ -258,7 +259,7 @@ def scaled(name='vsam', scale=2.0**10, base=None):
 
 @pytest.fixture(scope='module')
 def half_step():
-    return vsam_jax.make_train_step(make_loss_fn(HALF))
+    return vsam_jax.linen.make_train_step(make_loss_fn(HALF))
 
 
 @pytest.mark.parametrize('driver', ['traced', 'planned'])
@@ -282,13 +283,13 @@ def test_the_loss_scale_settles_and_the_model_learns(half_step, driver):
     assert 1 < float(state.dynamic_scale.scale) < 2.0**24
     log = vsam_jax.metrics(state)
     assert int(log['num_rejected']) >= 1
-    assert int(vsam_jax.find_state(state).step) == int(state.step) == 51
+    assert int(only_state(state).step) == int(state.step) == 51
     assert program._cache_size() == 1
 
 
 def test_the_loss_scale_does_not_show_in_the_update():
     model = Model()  # In float32 nothing overflows.
-    step = jax.jit(vsam_jax.make_train_step(make_loss_fn(model)))
+    step = jax.jit(vsam_jax.linen.make_train_step(make_loss_fn(model)))
     plain, _ = step(create(optimizer('sam'), model), data())
     state = create(optimizer('sam'), model, dynamic_scale=DynamicScale(scale=4096.0))
     state, _ = step(state, data())
@@ -310,14 +311,14 @@ def test_an_overflow_skips_the_update_and_poisons_nothing(base, which):
         steep = w * jnp.where(w > threshold, jnp.inf, 1.0)
         return jnp.sum(steep**2), ({'mean': batch_stats['mean'] + 1}, None)
 
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None,
         params={'w': jnp.array(1.0)},
         batch_stats={'mean': jnp.zeros(())},
         tx=optax.chain(problems.METHODS['looksam'](0.1), base),
         dynamic_scale=DynamicScale(scale=64.0),
     )
-    step = vsam_jax.make_train_step(loss_fn)
+    step = vsam_jax.linen.make_train_step(loss_fn)
     good, _ = step(state.replace(params={'w': jnp.array(0.9)}), 'none', sample=True)
     good = good.replace(params={'w': jnp.array(1.0)})
     bad, _ = step(good, which, sample=True)
@@ -326,10 +327,10 @@ def test_an_overflow_skips_the_update_and_poisons_nothing(base, which):
         (good.params, good.batch_stats, good.opt_state[1]),
     )
     assert float(bad.dynamic_scale.scale) == 32.0
-    sam_state = vsam_jax.find_state(bad)
+    sam_state = only_state(bad)
     assert int(sam_state.step) == 2
     assert int(sam_state.num_rejected) == 1
-    problems.assert_equal(sam_state.psf, vsam_jax.find_state(good).psf)
+    problems.assert_equal(sam_state.psf, only_state(good).psf)
     after, _ = step(bad, 'none', sample=False)
     assert bool(jnp.isfinite(after.params['w']))
     assert not np.array_equal(after.params['w'], bad.params['w'])
@@ -372,8 +373,8 @@ def test_scales_of_8_bit_floats_are_overwritten_and_not_perturbed():
 
     def train(tx):
         params = {'params': jnp.zeros(3), OWNED: jnp.array(1.0)}
-        state = vsam_jax.TrainState.create(apply_fn=None, params=params, tx=tx)
-        step = jax.jit(vsam_jax.make_train_step(loss_fn))
+        state = vsam_jax.linen.TrainState.create(apply_fn=None, params=params, tx=tx)
+        step = jax.jit(vsam_jax.linen.make_train_step(loss_fn))
         for _ in range(3):
             state, _ = step(state, jnp.ones(3))
         jax.effects_barrier()
@@ -395,8 +396,8 @@ def test_accumulation_around_the_method_is_refused_and_after_it_works():
         loss = jnp.sum((params - batch) ** 2)
         return loss, (batch_stats, loss)
 
-    step = vsam_jax.make_train_step(loss_fn)
-    create = lambda tx: vsam_jax.TrainState.create(
+    step = vsam_jax.linen.make_train_step(loss_fn)
+    create = lambda tx: vsam_jax.linen.TrainState.create(
         apply_fn=None, params=jnp.zeros(3), tx=tx
     )
     with pytest.raises(ValueError, match=r'tx must not be optax\.MultiSteps around'):
@@ -417,10 +418,10 @@ def test_accumulation_around_the_method_is_refused_and_after_it_works():
 def stats_step(batch_stats, update, batch=None, n=1, **kwargs):
     """One step of a loss whose running statistics are made by ``update``."""
     loss_fn = lambda w, stats, batch, key: (jnp.sum(w**2), (update(stats), None))
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None, params=jnp.ones(2), batch_stats=batch_stats, tx=vsam_jax.sam()
     )
-    step = vsam_jax.make_train_step(loss_fn, num_micro_batches=n, **kwargs)
+    step = vsam_jax.linen.make_train_step(loss_fn, num_micro_batches=n, **kwargs)
     return step(state, jnp.ones((2, 1)) if batch is None else batch)[0].batch_stats
 
 
@@ -445,7 +446,7 @@ def test_a_scalar_in_a_mini_batch_cannot_be_cut():
 
 
 def test_a_new_train_state_has_an_empty_collection_of_statistics():
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None, params=jnp.ones(2), tx=optax.sgd(0.1)
     )
     assert state.batch_stats == {}
@@ -453,7 +454,7 @@ def test_a_new_train_state_has_an_empty_collection_of_statistics():
 
 def test_beside_scales_of_8_bit_floats_everything_else_works_as_ever():
     params = {'params': jnp.ones(3), OWNED: jnp.array(1.0)}
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None, params=params, tx=vsam_jax.sam(), batch_stats={'mean': 0.0}
     )
     with pytest.raises(ValueError, match=r'grad_fn must be a function .* got None'):
@@ -472,10 +473,10 @@ def test_a_loss_scale_is_not_taken_out_of_what_it_is_not_in():
         return loss, (batch_stats, loss)
 
     params = {'params': jnp.zeros(3), OWNED: jnp.array(1.0)}
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None, params=params, tx=optimizer('sam'), dynamic_scale=DynamicScale()
     )
-    state, _ = jax.jit(vsam_jax.make_train_step(loss_fn))(state, jnp.ones(3))
+    state, _ = jax.jit(vsam_jax.linen.make_train_step(loss_fn))(state, jnp.ones(3))
     assert float(state.params[OWNED]) == 2.0
     assert float(optax.tree.norm(state.params['params'])) > 0
 

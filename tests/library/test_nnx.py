@@ -52,7 +52,7 @@ def create(method, dtype=jnp.float32):
 
 def driver_of(name, train_step):
     if name == 'planned':
-        return vsam_jax.PlannedNNXStep(train_step)
+        return vsam_jax.PlannedStep(train_step, jit=nnx.jit)
     return nnx.jit(train_step)
 
 
@@ -69,7 +69,7 @@ def test_planned_and_traced_give_the_same_run():
     runs = []
     for driver in ('traced', 'planned'):
         model, optimizer = create(problems.METHODS['vsam'](0.1), jnp.float64)
-        step = driver_of(driver, vsam_jax.make_nnx_train_step(loss_fn))
+        step = driver_of(driver, vsam_jax.nnx.make_train_step(loss_fn))
         losses = [step(model, optimizer, data(jnp.float64))['loss'] for _ in range(9)]
         runs.append((values((model, optimizer)), losses))
         assert int(optimizer.step[...]) == 9
@@ -91,11 +91,11 @@ def test_one_step_is_the_gradient_at_perturbed_weights_on_the_same_mask(driver):
     nnx.update(second, perturbed)
     direction, _ = grad(second, batch)
     expected = jax.tree.map(lambda p, d: p - 0.05 * d, params, direction)
-    step = vsam_jax.make_nnx_train_step(loss_fn)
+    step = vsam_jax.nnx.make_train_step(loss_fn)
     if driver == 'traced':
         nnx.jit(step)(model, optimizer, batch)
     else:  # The copies share buffers with the model.
-        vsam_jax.PlannedNNXStep(step, donate_state=False)(model, optimizer, batch)
+        vsam_jax.PlannedStep(step, donate_state=False, jit=nnx.jit)(model, optimizer, batch)
     problems.assert_close(values(nnx.state(model, nnx.Param)), values(expected))
     # Running statistics and counters are those that the first pass left alone.
     others = nnx.Not(nnx.Param)
@@ -109,14 +109,14 @@ def test_every_step_draws_a_dropout_mask_of_its_own(driver):
     model = Model(nnx.Rngs(0))
     tx = optax.chain(vsam_jax.sam(0.0), optax.sgd(0.0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    step = driver_of(driver, vsam_jax.make_nnx_train_step(loss_fn))
+    step = driver_of(driver, vsam_jax.nnx.make_train_step(loss_fn))
     losses = {float(step(model, optimizer, data())['loss']) for _ in range(4)}
     assert len(losses) == 4
 
 
 def test_the_host_reads_the_plan_once_a_window():
     model, optimizer = create(problems.METHODS['random_sam'](0.1))
-    step = vsam_jax.PlannedNNXStep(vsam_jax.make_nnx_train_step(loss_fn))
+    step = vsam_jax.PlannedStep(vsam_jax.nnx.make_train_step(loss_fn), jit=nnx.jit)
     taken = []
     for _ in range(10):
         step(model, optimizer, data())
@@ -131,7 +131,7 @@ def test_the_host_reads_the_plan_once_a_window():
 
 def test_a_restored_state_is_noticed_in_the_middle_of_a_window():
     model, optimizer = create(problems.METHODS['vsam'](0.1))
-    step = vsam_jax.PlannedNNXStep(vsam_jax.make_nnx_train_step(loss_fn))
+    step = vsam_jax.PlannedStep(vsam_jax.nnx.make_train_step(loss_fn), jit=nnx.jit)
     for _ in range(4):
         step(model, optimizer, data())
     saved = jax.tree.map(jnp.copy, nnx.state((model, optimizer)))
@@ -158,9 +158,9 @@ def test_a_step_written_by_hand_runs_planned():
         return aux
 
     runs = []
-    for step in (train_step, vsam_jax.make_nnx_train_step(loss_fn)):
+    for step in (train_step, vsam_jax.nnx.make_train_step(loss_fn)):
         model, optimizer = create(vsam_jax.sam(0.1))
-        planned = vsam_jax.PlannedNNXStep(step)
+        planned = vsam_jax.PlannedStep(step, jit=nnx.jit)
         for _ in range(3):
             planned(model, optimizer, data())
         runs.append(values(model))
@@ -170,7 +170,7 @@ def test_a_step_written_by_hand_runs_planned():
 @pytest.mark.usefixtures('x64')
 def test_micro_batches_have_masks_of_their_own_and_one_update():
     model, optimizer = create(vsam_jax.sam(0.1), jnp.float64)
-    step = nnx.jit(vsam_jax.make_nnx_train_step(loss_fn, num_micro_batches=2))
+    step = nnx.jit(vsam_jax.nnx.make_train_step(loss_fn, num_micro_batches=2))
     aux = step(model, optimizer, data(jnp.float64))
     copy, _ = create(vsam_jax.sam(0.1), jnp.float64)
     halves = [
@@ -186,14 +186,14 @@ def test_micro_batches_have_masks_of_their_own_and_one_update():
 
 
 def test_metrics_are_read_from_the_optimizer_inside_a_step():
-    train_step = vsam_jax.make_nnx_train_step(loss_fn)
+    train_step = vsam_jax.nnx.make_train_step(loss_fn)
 
     def logged(model, optimizer, batch, *, sample=None):
         train_step(model, optimizer, batch, sample=sample)
         return vsam_jax.metrics(optimizer)
 
     model, optimizer = create(vsam_jax.looksam(0.1, every=2))
-    step = vsam_jax.PlannedNNXStep(logged)
+    step = vsam_jax.PlannedStep(logged, jit=nnx.jit)
     for _ in range(4):
         log = step(model, optimizer, data())
     np.testing.assert_allclose(log['sampling_rate'], 0.5)
@@ -205,7 +205,7 @@ def test_no_second_gradient_is_taken_for_sgd():
     optimizer = nnx.Optimizer(
         model, optax.with_extra_args_support(optax.sgd(0.1)), wrt=nnx.Param
     )
-    step = nnx.jit(vsam_jax.make_nnx_train_step(loss_fn))
+    step = nnx.jit(vsam_jax.nnx.make_train_step(loss_fn))
     first = step(model, optimizer, data())['loss']
     for _ in range(30):
         last = step(model, optimizer, data())['loss']
@@ -214,7 +214,7 @@ def test_no_second_gradient_is_taken_for_sgd():
 
 def test_accumulation_around_the_method_is_refused():
     model = Model(nnx.Rngs(0))
-    step = vsam_jax.make_nnx_train_step(loss_fn)
+    step = vsam_jax.nnx.make_train_step(loss_fn)
     tx = optax.MultiSteps(vsam_jax.vsam(), 2)
     with pytest.raises(ValueError, match=r'tx must not be optax\.MultiSteps around'):
         step(model, nnx.Optimizer(model, tx, wrt=nnx.Param), data())
@@ -222,12 +222,12 @@ def test_accumulation_around_the_method_is_refused():
 
 def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match='train_step must be a function'):
-        vsam_jax.PlannedNNXStep(None)  # pyright: ignore
+        vsam_jax.PlannedStep(None, jit=nnx.jit)  # pyright: ignore
     with pytest.raises(ValueError, match='num_micro_batches must be an integer >= 1'):
-        vsam_jax.make_nnx_train_step(loss_fn, num_micro_batches=0)
+        vsam_jax.nnx.make_train_step(loss_fn, num_micro_batches=0)
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-    step = vsam_jax.PlannedNNXStep(vsam_jax.make_nnx_train_step(loss_fn))
+    step = vsam_jax.PlannedStep(vsam_jax.nnx.make_train_step(loss_fn), jit=nnx.jit)
     with pytest.raises(ValueError, match=r'exactly one VSAMState.* it holds 0'):
         step(model, optimizer, data())
 
@@ -239,7 +239,7 @@ def test_only_what_the_optimizer_is_for_is_trained_and_perturbed():
     before = jnp.copy(model.base_module.kernel[...]), jnp.copy(model.lora_b[...])
     tx = optax.chain(vsam_jax.sam(0.1), optax.sgd(0.1))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
-    step = vsam_jax.make_nnx_train_step(
+    step = vsam_jax.nnx.make_train_step(
         lambda model, x: (jnp.mean((model(x) - 1) ** 2), None)
     )
     nnx.jit(step)(model, optimizer, jnp.ones((4, 3)))
@@ -249,7 +249,7 @@ def test_only_what_the_optimizer_is_for_is_trained_and_perturbed():
 
 def test_options_of_a_planned_nnx_step_reach_jit():
     with pytest.raises(ValueError, match=r'donate_argnums must name .* donate_state'):
-        vsam_jax.PlannedNNXStep(lambda *args, sample: None, donate_argnums=0)
+        vsam_jax.PlannedStep(lambda *args, sample: None, donate_argnums=0, jit=nnx.jit)
 
 
 def test_buffers_of_modules_are_donated_by_default():
@@ -258,7 +258,7 @@ def test_buffers_of_modules_are_donated_by_default():
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     kernel = model.kernel.get_value()
     loss_fn = lambda model, x: (jnp.mean(model(x) ** 2), None)
-    step = vsam_jax.PlannedNNXStep(vsam_jax.make_nnx_train_step(loss_fn))
+    step = vsam_jax.PlannedStep(vsam_jax.nnx.make_train_step(loss_fn), jit=nnx.jit)
     step(model, optimizer, jnp.ones((4, 3)))
     assert kernel.is_deleted()
 
@@ -267,7 +267,7 @@ def test_buffers_of_modules_are_donated_by_default():
 def test_modules_among_the_arguments_are_updated_too(driver):
     def train_step(model, optimizer, batch, rngs, loss, *, sample=None):
         noise = jax.random.normal(rngs.noise(), batch[0].shape)
-        step = vsam_jax.make_nnx_train_step(loss_fn)
+        step = vsam_jax.nnx.make_train_step(loss_fn)
         metrics = step(model, optimizer, (batch[0] + noise, batch[1]), sample=sample)
         loss.update(values=metrics['loss'])
         model.mode = 'trained'
@@ -298,7 +298,7 @@ def test_variables_that_a_model_makes_are_kept(driver):
     model = Counting()
     tx = optax.chain(vsam_jax.sam(0.1), optax.sgd(0.1))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    step = vsam_jax.make_nnx_train_step(loss_fn)
+    step = vsam_jax.nnx.make_train_step(loss_fn)
     step = step if driver == 'eager' else driver_of(driver, step)
     for _ in range(3):
         step(model, optimizer, data())
@@ -318,5 +318,5 @@ def test_what_is_no_array_may_stand_among_the_variables():
     model = Named()
     tx = optax.chain(vsam_jax.sam(0.1), optax.sgd(0.1))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    vsam_jax.make_nnx_train_step(loss_fn)(model, optimizer, data())
+    vsam_jax.nnx.make_train_step(loss_fn)(model, optimizer, data())
     assert int(optimizer.step[...]) == 1

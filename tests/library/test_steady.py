@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems
 from tests.library.quartic import Quartic
 from vsam_jax import reuse
@@ -91,14 +92,14 @@ def test_every_third_step_is_planned_from_the_first_to_the_last():
     state = (params, tx.init(params))
     taken, plan = [], []
     for batch in problems.toy_batches(140):
-        opt_state = vsam_jax.find_state(state)
+        opt_state = only_state(state)
         if int(opt_state.position) == 0:
             plan.extend(np.asarray(opt_state.plan))
         state, _ = step(state, batch)
-        taken.append(bool(vsam_jax.find_state(state).sampled))
+        taken.append(bool(only_state(state).sampled))
     np.testing.assert_array_equal(taken, np.arange(140) % 3 == 0)
     np.testing.assert_array_equal(taken, plan[:140])
-    assert float(vsam_jax.find_state(state).budget) * 3 == len(opt_state.plan)
+    assert float(only_state(state).budget) * 3 == len(opt_state.plan)
 
 
 def test_reuse_ends_when_two_samples_in_a_row_are_missing():

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import vsam_jax
+from vsam_jax._state import only_state
 from tests import problems
 from vsam_jax import perturbation, reuse, sampling
 
@@ -264,7 +265,7 @@ def test_gradients_flow_through_an_unrolled_run():
         state = (params, tx.init(params))
         for batch in batches:
             state, _ = problems.make_step(tx)(state, batch)
-        inner = vsam_jax.find_state(state)
+        inner = only_state(state)
         statistics = (inner.grad_norm, inner.psf_norm, inner.budget, inner.rings)
         return problems.mlp_loss(state[0], batches[0]), statistics
 
@@ -318,7 +319,7 @@ def test_donated_states_run_on():
     for batch in batches:
         old = state
         state, _ = step(state, batch)
-        reused = (old[0], vsam_jax.find_state(old).psf)
+        reused = (old[0], only_state(old).psf)
         assert all(x.is_deleted() for x in jax.tree.leaves(reused))
     problems.assert_equal(state, kept)
 

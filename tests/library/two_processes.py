@@ -35,6 +35,7 @@ def run(layout: str, planned: bool) -> dict[str, Any]:
     """Trains on this process's half of each mini-batch; what came of it."""
     # Imported here: this module runs before jax is set up, those make arrays.
     import vsam_jax
+from vsam_jax._state import only_state
     from tests import problems
     from tests.library import sharded_runs
 
@@ -55,7 +56,7 @@ def run(layout: str, planned: bool) -> dict[str, Any]:
         for p, spec in zip(problems.mlp_params(dtype=float), specs, strict=True)
     ]
     make_state = lambda params: (params, tx.init(params))
-    shardings = vsam_jax.state_shardings(jax.eval_shape(make_state, params), params)
+    shardings = vsam_jax.sharding.state_shardings(jax.eval_shape(make_state, params), params)
     state = jax.jit(make_state, out_shardings=shardings)(params)
     step = sharded_runs.driver(step, planned, out_shardings=(shardings, None))
 
@@ -66,11 +67,11 @@ def run(layout: str, planned: bool) -> dict[str, Any]:
             lambda a: jax.make_array_from_process_local_data(split, a[half]), batch
         )
         state, _ = step(state, batch)
-        inner = vsam_jax.find_state(state)
+        inner = only_state(state)
         sampled.append(bool(inner.sampled))
         plans.append(np.asarray(inner.plan).tolist())
     params = multihost_utils.process_allgather(state[0], tiled=True)
-    small = vsam_jax.find_state(state)._replace(psf=None)
+    small = only_state(state)._replace(psf=None)
     return {
         'params': [np.asarray(p).tolist() for p in params],
         'sampled': sampled,

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from vsam_jax.state import VSAMState
 
 import vsam_jax
 from vsam_jax import perturbation, reuse, sampling
 from vsam_jax.reuse import DecayedDifference
-from vsam_jax.state import VSAMState
 
 PyTree = Any
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from vsam_jax.train_state import LossFn
 
 import vsam_jax
 from vsam_jax import convolutions
-from vsam_jax.train_state import LossFn
 
 PyTree = Any
 

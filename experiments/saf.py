@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from vsam_jax.train_state import LossFn
 
 import vsam_jax
-from vsam_jax.train_state import LossFn
 
 PyTree = Any
 

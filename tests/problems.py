@@ -12,6 +12,7 @@ import optax
 
 import vsam_jax
 
+
 def random_sam(rho, *, rate=0.5, window=50, seed=0, reuse_psf=True, **kwargs):
     """SAM on a random share of the steps, put together from parts."""
     decayed = vsam_jax.reuse.DecayedDifference(decay=0.7, reuse_steps=6)

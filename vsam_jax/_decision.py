@@ -119,4 +119,6 @@ def _in(parameter: Any) -> list[Any]:
     """The programs in a parameter of an equation."""
     if isinstance(parameter, (tuple, list)):
         return [program for x in parameter for program in _in(x)]
-    return [parameter] if hasattr(getattr(parameter, 'jaxpr', parameter), 'eqns') else []
+    return (
+        [parameter] if hasattr(getattr(parameter, 'jaxpr', parameter), 'eqns') else []
+    )

@@ -106,7 +106,9 @@ class PlannedStep:
                 ' that a traced run would jit.'
             )
         is_jitted = callable(getattr(train_step, 'lower', None))
-        if is_jitted and (donate_state is not None or jit_options or jit is not jax.jit):
+        if is_jitted and (
+            donate_state is not None or jit_options or jit is not jax.jit
+        ):
             raise ValueError(
                 'train_step must not be jitted already where jit, donate_state or'
                 f' options of jit are given, got {train_step!r} and'

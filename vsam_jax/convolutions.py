@@ -21,7 +21,6 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from jax import lax
 from jax.core import Tracer
 from jax.extend import core

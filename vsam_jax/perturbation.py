@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from vsam_jax import _checks, _numerics
 from vsam_jax._types import PyTree
 
-__all__ = ['Perturbation', 'all_but_biases', 'elementwise_ascent', 'l2_ascent', 'perturb']
+__all__ = [
+    'Perturbation',
+    'all_but_biases',
+    'elementwise_ascent',
+    'l2_ascent',
+    'perturb',
+]
 
 Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree]
 

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vsam_jax._types import PyTree
 from vsam_jax._state import VSAMState
+from vsam_jax._types import PyTree
 
 __all__ = ['state_shardings']
 

@@ -13,7 +13,6 @@ import pytest
 from flax import traverse_util
 
 import vsam_jax
-from vsam_jax._state import only_state
 from experiments import models
 from experiments.benchmark import (
     jax_steps,
@@ -27,6 +26,7 @@ from experiments.benchmark import (
 )
 from experiments.networks import vit
 from vsam_jax import convolutions
+from vsam_jax._state import only_state
 
 TINY = problems.PROBLEMS['tiny']()
 

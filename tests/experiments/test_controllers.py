@@ -10,8 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-import vsam_jax
-from vsam_jax._state import only_state
 from experiments import (
     candidates,
     configuration,
@@ -24,6 +22,7 @@ from experiments import (
 from experiments.configs import controllers as tasks
 from experiments.shards import Shard
 from tests.experiments.small import TASK
+from vsam_jax._state import only_state
 
 
 def walk(tx: Any, steps: int, loss: Any = None) -> dict[str, np.ndarray]:

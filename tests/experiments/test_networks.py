@@ -11,10 +11,10 @@ import optax
 import pytest
 
 import vsam_jax
-from vsam_jax._state import only_state
 from experiments import configuration, models
 from experiments.networks import pyramidnet, vit
 from tests.experiments.small import SMALL
+from vsam_jax._state import only_state
 
 
 def abstract_variables(model: nn.Module, shape: tuple[int, ...] = (32, 32, 3)):

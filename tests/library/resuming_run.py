@@ -15,9 +15,9 @@ import optax
 import orbax.checkpoint as ocp
 
 import vsam_jax
-from vsam_jax._state import only_state
 from tests import problems
 from vsam_jax import checkpoint
+from vsam_jax._state import only_state
 
 SETTINGS = {'rho': 0.1, 'window': 4, 'segments': 2, 'seed': 3}
 CONFIG = {'vsam': SETTINGS, 'learning_rate': 0.1}

@@ -19,10 +19,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
-from vsam_jax._state import only_state
 from tests import problems, processes
 from tests.library.resuming_run import CONFIG, SETTINGS, optimizer, plain_state
 from vsam_jax import checkpoint
+from vsam_jax._state import only_state
 
 # Warm-up is over after 7 steps; 9 is the middle of the window from 7 to 10.
 SAVE_AT, STEPS = 9, 17

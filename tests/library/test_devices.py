@@ -20,7 +20,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
-from vsam_jax._state import only_state
 from tests import problems, processes
 from tests.library.sharded_runs import (
     LAYOUTS,
@@ -32,7 +31,7 @@ from tests.library.sharded_runs import (
     optimizer,
     own_step,
 )
-from vsam_jax._state import states_in
+from vsam_jax._state import only_state, states_in
 
 
 def first_state(tx: optax.GradientTransformation) -> tuple[Any, Any]:

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 import vsam_jax
-from vsam_jax._state import only_state
 from tests import problems
 from tests.library.quartic import Quartic
 from vsam_jax import perturbation, reuse, sampling
+from vsam_jax._state import only_state
 
 # --- Independent references ---------------------------------------------------
 

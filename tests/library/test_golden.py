@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import vsam_jax
-from vsam_jax._state import only_state
 from tests import problems
+from vsam_jax._state import only_state
 
 
 def replay(transformation, name, samples, *, planned):

@@ -12,8 +12,8 @@ import pytest
 from flax.training.dynamic_scale import DynamicScale
 
 import vsam_jax
-from vsam_jax._state import only_state
 from tests import problems
+from vsam_jax._state import only_state
 
 
 class Model(nn.Module):
@@ -181,7 +181,9 @@ def test_micro_batches_without_state_are_the_whole_batch(driver):
 
 def test_micro_batches_take_one_second_gradient_of_each_part_with_its_mask():
     seen = []
-    step = vsam_jax.linen.make_train_step(make_loss_fn(Model(), seen), num_micro_batches=2)
+    step = vsam_jax.linen.make_train_step(
+        make_loss_fn(Model(), seen), num_micro_batches=2
+    )
     with jax.disable_jit():
         new, _ = step(create(optimizer('sam')), data())
     assert len(seen) == 4

@@ -95,7 +95,9 @@ def test_one_step_is_the_gradient_at_perturbed_weights_on_the_same_mask(driver):
     if driver == 'traced':
         nnx.jit(step)(model, optimizer, batch)
     else:  # The copies share buffers with the model.
-        vsam_jax.PlannedStep(step, donate_state=False, jit=nnx.jit)(model, optimizer, batch)
+        vsam_jax.PlannedStep(step, donate_state=False, jit=nnx.jit)(
+            model, optimizer, batch
+        )
     problems.assert_close(values(nnx.state(model, nnx.Param)), values(expected))
     # Running statistics and counters are those that the first pass left alone.
     others = nnx.Not(nnx.Param)

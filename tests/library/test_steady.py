@@ -7,10 +7,10 @@ import optax
 import pytest
 
 import vsam_jax
-from vsam_jax._state import only_state
 from tests import problems
 from tests.library.quartic import Quartic
 from vsam_jax import reuse
+from vsam_jax._state import only_state
 
 
 def noise_power(norms, weights):

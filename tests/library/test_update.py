@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import vsam_jax
-from vsam_jax._state import only_state
 from tests import problems
 from vsam_jax import perturbation, reuse, sampling
+from vsam_jax._state import only_state
 
 
 def small_vsam(**kwargs):

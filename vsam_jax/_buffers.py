@@ -44,7 +44,7 @@ def repeats(leaves: Sequence[Any]) -> bool:
 
 
 def _replace(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Maps the leaves of a tree; objects of NNX stay what they are, changed in place."""
+    """Maps the leaves of a tree; objects of NNX are changed in place."""
     # Without importing Flax: who passes its objects has done so.
     nnx: Any = sys.modules.get('flax.nnx')
     if nnx is None:

@@ -144,8 +144,8 @@ def axis_name(name: str, value: Any) -> Any:
     if value is None or all(isinstance(n, str) for n in names):
         return value
     raise TypeError(
-        f'{name} must be None, the name of a mapped axis or a tuple of such names (() if'
-        f' gradients are means already), got {value!r}.'
+        f'{name} must be None, the name of a mapped axis or a tuple of such names (()'
+        f' where gradients are means already), got {value!r}.'
     )
 
 

@@ -188,7 +188,9 @@ class PlannedStep:
         donated = self._donated(layout)
         key = sample, donated
         if key not in self._programs:
-            options = dict(zip(('donate_argnums', 'donate_argnames'), donated))
+            options = dict(
+                zip(('donate_argnums', 'donate_argnames'), donated, strict=True)
+            )
             options = self._jit_options | {k: v for k, v in options.items() if v}
             self._programs[key] = self._jit(_specialize(self._step, sample), **options)
         return self._programs[key]
@@ -247,15 +249,16 @@ class PlannedStep:
             return args, kwargs
         places, names = self._donated(layout)
         places = [place % len(args) for place in places]
-        donated = [args[i] for i in places], [kwargs[n] for n in names if n in kwargs]
+        given = [name for name in names if name in kwargs]
+        donated = [args[i] for i in places], [kwargs[name] for name in given]
         others = (
             [x for i, x in enumerate(args) if i not in places],
-            [x for name, x in kwargs.items() if name not in names],
+            [x for name, x in kwargs.items() if name not in given],
         )
         by_place, by_name = _buffers.make_own(donated, others)
         own = dict(zip(places, by_place, strict=True))
         args = tuple(own.get(i, x) for i, x in enumerate(args))
-        return args, kwargs | dict(zip((n for n in names if n in kwargs), by_name))
+        return args, kwargs | dict(zip(given, by_name, strict=True))
 
     def _current_window(
         self,
@@ -364,10 +367,12 @@ def _specialize(
         before = _counters((args, kwargs))
         with _decision.decided(sample):
             output = train_step(*args, **kwargs)
-        if before and not _counters(output):
-            after = _counters((args, kwargs))
-            if len(after) == 1 and after[0] is before[0]:
-                raise TypeError(_not_returned(output))
+        after = _counters(output) or _counters((args, kwargs))
+        if len(after) > 1:
+            raise ValueError(_several_states(len(after)))
+        # While it is traced, so before anything is donated.
+        if before and (not after or after[0] is before[0]):
+            raise TypeError(_not_returned(output))
         return output
 
     if sample is not None:
@@ -385,10 +390,19 @@ def _counters(tree: Any) -> list[Any]:
 
 def _not_returned(output: Any) -> str:
     return (
-        'train_step must return the new state, in which its VSAMState stands (or update'
-        f' an object of NNX in place), got a result of type {type(output).__name__}'
-        ' without one, and the state among the arguments as it was: return what'
-        ' tx.update returned as its second value.'
+        'train_step must return the new state, with its VSAMState in it, or update an'
+        f' object of NNX in place, got a result of type {type(output).__name__} without'
+        ' a new one, and the state among the arguments as it was: return what tx.update'
+        ' returned as its second value.'
+    )
+
+
+def _several_states(number: int) -> str:
+    return (
+        'Arguments and result of train_step must hold one VSAMState each, got'
+        f' {number} in one of them: PlannedStep follows one plan. Put one'
+        ' sharpness-aware transformation, outside optax.partition, into the'
+        ' optimizer, or jit train_step as it is (traced).'
     )
 
 
@@ -434,12 +448,7 @@ class _Layout(NamedTuple):
         nodes = jax.tree.leaves((args, kwargs), is_leaf=is_state)
         found = [i for i, node in enumerate(nodes) if is_state(node)]
         if len(found) > 1:
-            raise ValueError(
-                'Arguments and result of train_step must hold one VSAMState, got'
-                f' {len(found)} in one of them: PlannedStep follows one plan. Put one'
-                ' sharpness-aware transformation, outside optax.partition, into the'
-                ' optimizer, or jit train_step as it is (traced).'
-            )
+            raise ValueError(_several_states(len(found)))
         return cls(
             structure=structure,
             counter=len(jax.tree.leaves(nodes[: found[0]])) if found else None,
@@ -491,14 +500,14 @@ class _Window:
 
 
 def _check_alive(counter: Any) -> None:
-    if isinstance(counter, jax.Array) and not isinstance(counter, core.Tracer):
-        if counter.is_deleted():
-            raise RuntimeError(
-                'The state was consumed by an earlier call, which reused its memory'
-                ' (donate_state=True): go on with what that call returned. To keep a'
-                ' state copy it before, jax.tree.map(jnp.copy, state), or give'
-                ' PlannedStep donate_state=False.'
-            )
+    is_array = isinstance(counter, jax.Array) and not isinstance(counter, core.Tracer)
+    if is_array and counter.is_deleted():
+        raise RuntimeError(
+            'The state was consumed by an earlier call, which reused its memory'
+            ' (donate_state=True): go on with what that call returned. To keep a'
+            ' state copy it before, jax.tree.map(jnp.copy, state), or give'
+            ' PlannedStep donate_state=False.'
+        )
 
 
 def _check_plan(plan: jax.Array) -> None:

@@ -93,7 +93,8 @@ class Builder:
         """Takes the first pass and prepares the second.
 
         Args:
-            loss_fn: ``(params, collections, batch, key) -> (loss, (collections, aux))``.
+            loss_fn: ``(params, collections, batch, key) -> (loss, (collections,
+                aux))``.
             params: where the first gradient is taken.
             opt_state: the optimizer's state.
             collections: see :class:`Begun`.
@@ -136,7 +137,7 @@ class Builder:
                 'per_device': self.per_device,
             }
         else:
-            # The methods of this package average for themselves, others know no devices.
+            # The methods of this package average for themselves; others do not.
             grads = _collectives.mean(grads, axes)
         return Begun(
             grads=grads,

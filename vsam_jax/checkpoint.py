@@ -95,8 +95,8 @@ def save(
             step at once.
         step: the number of the checkpoint.
         state: any tree of arrays with more to it than one array: a
-            :class:`vsam_jax.linen.TrainState`, ``(params, opt_state)``. PRNG keys are arrays
-            too.
+            :class:`vsam_jax.linen.TrainState`, ``(params, opt_state)``. PRNG keys are
+            arrays too.
         config: every setting that decides how the run goes on: JSON values, arrays
             of real numbers and dtypes. :func:`settings_of` collects those of a method.
         **options: passed on to ``manager.save``, such as ``metrics`` or ``force``.
@@ -153,8 +153,8 @@ def restore(
         manager: an ``orbax.checkpoint.CheckpointManager`` of the directory.
         like: a state with the wanted structure: arrays, a new run's first state for
             instance, or ``jax.ShapeDtypeStruct`` objects. Arrays are restored onto the
-            shardings of ``like`` (:func:`vsam_jax.sharding.state_shardings` gives them), which
-            need not be those that were saved.
+            shardings of ``like`` (:func:`vsam_jax.sharding.state_shardings` gives
+            them), which need not be those that were saved.
         config: the settings of this run, as :func:`save` was given them.
         step: which checkpoint, None for the latest.
 

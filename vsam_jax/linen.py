@@ -183,10 +183,11 @@ def make_train_step(
     Returns:
         ``train_step(state, batch, *, sample=None) -> (state, aux)``, pure and not
         jitted: ``jax.jit(train_step, donate_argnums=0)``, or give it to
-        :class:`vsam_jax.PlannedStep`. ``aux`` comes from the first pass. It works with any optax optimizer; one that takes no second gradient never
-        calls for it. It raises a ``ValueError`` for ``optax.MultiSteps`` around a
-        method of this package, whose second gradient would be that of the last part
-        alone: ``num_micro_batches`` is for that.
+        :class:`vsam_jax.PlannedStep`. ``aux`` comes from the first pass. It works with
+        any optax optimizer; one that takes no second gradient never calls for it. It
+        raises a ``ValueError`` for ``optax.MultiSteps`` around a method of this
+        package, whose second gradient would be that of the last part alone:
+        ``num_micro_batches`` is for that.
 
         Where the state has a ``dynamic_scale`` both passes scale the loss with it.
         If one of the two gradients is not finite, parameters, ``batch_stats`` and

@@ -323,7 +323,7 @@ class _View:
 
 
 def _own_streams(modules: Any, axes: _collectives.Axes) -> nnx.State:
-    """Makes streams of random numbers differ between devices; returns what they were."""
+    """Makes random numbers differ between devices; returns the keys as they were."""
     keys = nnx.as_pure(nnx.state(modules, nnx.RngKey)) if axes else nnx.State({})
 
     def own(key: jax.Array) -> jax.Array:

@@ -26,8 +26,8 @@ def state_shardings(state: PyTree, params: PyTree) -> PyTree:
 
     Args:
         state: any tree in which the state stands: ``(params, opt_state)``, a
-            :class:`vsam_jax.linen.TrainState`, an optimizer state. Of its leaves only the
-            shapes are looked at: ``jax.eval_shape(tx.init, params)`` will do.
+            :class:`vsam_jax.linen.TrainState`, an optimizer state. Of its leaves only
+            the shapes are looked at: ``jax.eval_shape(tx.init, params)`` will do.
         params: the parameters, arrays or ``jax.ShapeDtypeStruct`` objects, with a
             ``NamedSharding`` each, all on one mesh.
 

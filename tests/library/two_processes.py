@@ -35,9 +35,9 @@ def run(layout: str, planned: bool) -> dict[str, Any]:
     """Trains on this process's half of each mini-batch; what came of it."""
     # Imported here: this module runs before jax is set up, those make arrays.
     import vsam_jax
-from vsam_jax._state import only_state
     from tests import problems
     from tests.library import sharded_runs
+    from vsam_jax._state import only_state
 
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, P('data'))
@@ -56,7 +56,9 @@ from vsam_jax._state import only_state
         for p, spec in zip(problems.mlp_params(dtype=float), specs, strict=True)
     ]
     make_state = lambda params: (params, tx.init(params))
-    shardings = vsam_jax.sharding.state_shardings(jax.eval_shape(make_state, params), params)
+    shardings = vsam_jax.sharding.state_shardings(
+        jax.eval_shape(make_state, params), params
+    )
     state = jax.jit(make_state, out_shardings=shardings)(params)
     step = sharded_runs.driver(step, planned, out_shardings=(shardings, None))
 

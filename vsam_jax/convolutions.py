@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jax.core import Tracer
 from jax.extend import core
@@ -98,7 +99,7 @@ def _is_tracing() -> bool:
 
 def _check_pure(args: Any, kwargs: Any) -> None:
     # Modules, optimizers, metrics, streams of random numbers.
-    is_object = lambda x: False
+    is_object = lambda x: isinstance(x, nnx.Pytree)
     leaves = jax.tree.leaves((args, kwargs), is_leaf=is_object)
     if found := {type(x).__name__ for x in leaves if is_object(x)}:
         raise TypeError(

@@ -10,27 +10,45 @@ they are transposed everywhere.
 *In portions.* The gradient of a kernel is a sum over all examples and places, taken by
 a convolution whose operands are transposed from the first to the last dimension. Whole
 mini-batches do not fit into the caches for that; some examples at a time do.
+
+*The switch.* The environment variable ``VSAM_JAX_CONVOLUTIONS`` turns both off (``0``)
+and on (``1``, the default).
+
+*The fallback.* Programs are rewritten as jaxprs, of which JAX promises little from one
+version to the next. A jaxpr that this module cannot rewrite is left alone: the function
+runs as it was written, and the process warns once. The tests of this module were run
+with jax 0.10.2 (Python 3.11) and 0.12.0.1 (Python 3.12).
 """
+
+# Annotations that are not evaluated: a name that jax.extend loses must not keep this
+# module from being imported.
+from __future__ import annotations
 
 import functools
 import operator
 import os
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 from jax import lax
 from jax.core import Tracer
 from jax.extend import core
 
+__all__ = ['canonical']
+
 P = ParamSpec('P')
 T = TypeVar('T')
 
+_VARIABLE = 'VSAM_JAX_CONVOLUTIONS'
 
-def canonical(function: Callable[P, T]) -> Callable[P, T]:
+
+def canonical(
+    function: Callable[P, T], *, enabled: bool | None = None
+) -> Callable[P, T]:
     """The same function; its convolutions are those that the CPU is fast at.
 
     The functions of this package that build training steps wrap gradients by
@@ -44,6 +62,10 @@ def canonical(function: Callable[P, T]) -> Callable[P, T]:
             module of NNX before). What it calls, and what ``jax.grad`` and its
             relatives make inside of it, is rewritten too; a gradient that is taken of
             the result is not, so wrap last.
+        enabled: whether convolutions are rewritten. None, the default, follows the
+            environment variable ``VSAM_JAX_CONVOLUTIONS``: ``1`` or not set for yes,
+            ``0`` for no. It is read whenever the function is called or traced; a
+            program that ``jax.jit`` has compiled stays what it is.
 
     Returns:
         A function with the same values, to rounding. Gradients of kernels are summed
@@ -54,27 +76,34 @@ def canonical(function: Callable[P, T]) -> Callable[P, T]:
         calls ``function``. (A program that is exported for another platform is traced
         on this one, and rewritten.)
 
+        Where the program of ``function`` cannot be rewritten, ``function`` is called
+        once more and stays as it is. The first time in a process that this happens it
+        gives a ``RuntimeWarning``. What ``function`` raises by itself is passed on.
+
     Raises:
-        TypeError: when it is called with an object of NNX, such as a module.
+        TypeError: if ``enabled`` is neither a bool nor None. From the result, when it
+            is called with an object of NNX, such as a module, whatever the switch says.
+        ValueError: from the result, if ``VSAM_JAX_CONVOLUTIONS`` is needed and neither
+            ``0`` nor ``1``.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from flax import linen as nn
         >>> from vsam_jax import convolutions
-        >>> conv, x = nn.Conv(2, (3, 3)), jnp.ones((1, 4, 4, 1))
-        >>> params = conv.init(jax.random.key(0), x)
-        >>> gradient = jax.grad(lambda params: jnp.sum(conv.apply(params, x) ** 2))
-        >>> def descend(params, _):
-        ...   step = lambda p, g: p - 0.01 * g
-        ...   return jax.tree.map(step, params, gradient(params)), None
-        >>> params, _ = jax.lax.scan(convolutions.canonical(descend), params, length=3)
+        >>> x, kernel = jnp.ones((1, 1, 4, 4)), jnp.ones((2, 1, 3, 3))
+        >>> loss = lambda kernel: jnp.mean(jax.lax.conv(x, kernel, (1, 1), 'SAME') ** 2)
+        >>> def descend(kernel, _):
+        ...   return kernel - 0.01 * jax.grad(loss)(kernel), None
+        >>> kernel, _ = jax.lax.scan(convolutions.canonical(descend), kernel, length=3)
     """
+    if enabled is not None and not isinstance(enabled, bool):
+        raise TypeError(f'enabled must be a bool or None, got {enabled!r}.')
 
     @functools.wraps(function)
     def rewritten(*args: P.args, **kwargs: P.kwargs) -> T:
         _check_pure(args, kwargs)
+        is_enabled = _is_enabled() if enabled is None else enabled
         # Not before it is called: to ask for the backend starts it.
-        if not _is_tracing() or jax.default_backend() != 'cpu':
+        if not is_enabled or not _is_tracing() or jax.default_backend() != 'cpu':
             return function(*args, **kwargs)
         arrays, merge = _split((args, kwargs))
         merge_result: Any = None
@@ -86,10 +115,74 @@ def canonical(function: Callable[P, T]) -> Callable[P, T]:
             outputs, merge_result = _split(result)
             return outputs
 
+        # What this raises are errors of the function itself.
         program = jax.make_jaxpr(of_arrays)(*arrays)
-        return merge_result(core.jaxpr_as_fun(_in_closed(program, {}))(*arrays))
+        fast = _rewrite(program, arrays)
+        if fast is None:
+            return function(*args, **kwargs)
+        return merge_result(fast(*arrays))
 
     return rewritten
+
+
+def _is_enabled() -> bool:
+    """Whether the environment says that convolutions are rewritten."""
+    value = os.environ.get(_VARIABLE, '1')
+    if value not in ('0', '1'):
+        raise ValueError(
+            f'The environment variable {_VARIABLE} must be 1 (convolutions are'
+            f' rewritten, as when it is not set) or 0 (they are not), got {value!r}.'
+        )
+    return value == '1'
+
+
+def _rewrite(
+    program: core.ClosedJaxpr, arrays: Sequence[jax.Array]
+) -> Callable[..., list[jax.Array]] | None:
+    """The program as a function, with other convolutions.
+
+    Args:
+        program: the one to rewrite.
+        arrays: its arguments.
+
+    Returns:
+        A function of the arguments. It has been traced once, apart from what is being
+        traced now, in which nothing has been written down. None, after a warning, for
+        a program that cannot be rewritten.
+    """
+    try:
+        fast = core.jaxpr_as_fun(_in_closed(program, {}))
+        _check_types(jax.make_jaxpr(fast)(*arrays).out_avals, program.out_avals)
+    except Exception as error:  # Whatever a version of jax may raise.
+        _warn_once(error)
+        return None
+    return fast
+
+
+def _check_types(found: Sequence[Any], expected: Sequence[Any]) -> None:
+    """Raises an error if types (shapes, dtypes, shardings) are not those expected."""
+    if list(found) != list(expected):
+        raise TypeError(f'types {list(expected)} became {list(found)}')
+
+
+_has_warned = False
+
+
+def _warn_once(error: Exception) -> None:
+    """Warns of the first program in a process that could not be rewritten."""
+    global _has_warned
+    if _has_warned:
+        return
+    _has_warned = True
+    warnings.warn(
+        'vsam_jax.convolutions could not rewrite a program for the CPU, and uses it as'
+        f' it is: {type(error).__name__}: {error} (jax {jax.__version__}). Values are'
+        ' the same; convolutions in branches and loops may be slow. This is said once.'
+        f' To silence it set the environment variable {_VARIABLE}=0, or pass'
+        ' enabled=False to canonical.',
+        RuntimeWarning,
+        stacklevel=4,  # Where the wrapped function is called.
+    )
 
 
 def _is_tracing() -> bool:
@@ -98,8 +191,12 @@ def _is_tracing() -> bool:
 
 
 def _check_pure(args: Any, kwargs: Any) -> None:
-    # Modules, optimizers, metrics, streams of random numbers.
-    is_object = lambda x: isinstance(x, nnx.Pytree)
+    # Modules, optimizers, metrics, streams of random numbers. Who has one has imported
+    # Flax, which this module does not need.
+    kind = getattr(sys.modules.get('flax.nnx'), 'Pytree', None)
+    if kind is None:
+        return
+    is_object = lambda x: isinstance(x, kind)
     leaves = jax.tree.leaves((args, kwargs), is_leaf=is_object)
     if found := {type(x).__name__ for x in leaves if is_object(x)}:
         raise TypeError(
@@ -110,12 +207,13 @@ def _check_pure(args: Any, kwargs: Any) -> None:
 
 
 def _split(tree: Any) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Any]]:
-    """The arrays in a tree, and what puts others into their places.
+    """The traced arrays in a tree, and what puts others into their places.
 
-    Whatever else there is, such as strings and Python numbers, stays what it is.
+    Whatever else there is stays what it is: strings, Python numbers, and arrays with
+    values, by which a function may decide what to do.
     """
     leaves, structure = jax.tree.flatten(tree)
-    is_array = [isinstance(x, (jax.Array, np.ndarray)) for x in leaves]
+    is_array = [isinstance(x, Tracer) and isinstance(x, jax.Array) for x in leaves]
     arrays = [x for x, is_one in zip(leaves, is_array, strict=True) if is_one]
     # No array outlives the call in it: it may be traced.
     others = [None if is_one else x for x, is_one in zip(leaves, is_array, strict=True)]
@@ -209,7 +307,16 @@ def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
     examples = _portion(equation)
     run = convolve if examples is None else _in_portions(convolve, examples)
     with equation.ctx.manager:  # Of the mesh, for one.
-        inside = jax.make_jaxpr(run)(*(x.aval for x in equation.invars)).jaxpr
+        closed = jax.make_jaxpr(run)(*(x.aval for x in equation.invars))
+    # Apart from the axes that a value inside of shard_map varies over: JAX keeps them
+    # only while it traces one, and finds them anew when it does so again.
+    typed = lambda x: (x.shape, x.dtype, x.weak_type, x.sharding)
+    _check_types(
+        [typed(x) for x in closed.out_avals], [typed(x.aval) for x in equation.outvars]
+    )
+    if closed.consts:
+        raise NotImplementedError('a convolution became one with constants')
+    inside = closed.jaxpr
     # Its equations, between the variables of the one that they stand for.
     names = dict(zip(inside.invars, equation.invars, strict=True))
     names |= dict(zip(inside.outvars, equation.outvars, strict=True))

@@ -1,9 +1,11 @@
 """Convolutions in the order and the portions that the CPU is fast at."""
 
+import functools
 import os
 import re
 import subprocess
 import sys
+import warnings
 
 import chex
 import jax
@@ -13,12 +15,22 @@ import optax
 import pytest
 from flax import nnx
 from jax import export, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import io_callback
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
 from tests import problems
 from vsam_jax import convolutions
+
+
+@pytest.fixture(autouse=True)
+def every_fallback_warns(monkeypatch):
+    """Not the first of a process only: pytest makes an error of each."""
+    monkeypatch.setattr(convolutions, '_has_warned', False)
+    monkeypatch.delenv('VSAM_JAX_CONVOLUTIONS', raising=False)
+
 
 # Kernels, inputs and outputs as words, for convolutions of one to three dimensions in
 # every kind of order, and settings of them.
@@ -489,3 +501,562 @@ def test_convolutions_keep_the_lines_they_were_written_on():
     ]
     files = {frame.file_name for frame in found.traceback.frames}
     assert __file__ in files
+
+
+def conv(kernel, x):
+    return lax.conv(x, kernel, (1, 1), 'SAME')
+
+
+def gradient_of(block):
+    """The gradients of a loss that calls a block, with respect to kernel and inputs."""
+    loss = lambda kernel, x: jnp.sum(jnp.sin(block(kernel, x)))
+    return jax.grad(loss, argnums=(0, 1))
+
+
+@jax.custom_vjp
+def with_vjp(kernel, x):
+    return conv(kernel, x)
+
+
+def with_vjp_backward(residuals, g):
+    _, pull = jax.vjp(conv, *residuals)
+    return jax.tree.map(lambda x: 0.5 * x, pull(g))
+
+
+with_vjp.defvjp(lambda *args: (conv(*args), args), with_vjp_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def with_static(power, kernel, x):
+    return conv(kernel, x) ** power
+
+
+with_static.defvjp(
+    lambda power, *args: (with_static(power, *args), args),
+    lambda power, args, g: jax.vjp(lambda *a: power * conv(*a), *args)[1](g),
+)
+
+
+@jax.custom_jvp
+def with_jvp(kernel, x):
+    return conv(kernel, x)
+
+
+@with_jvp.defjvp
+def with_jvp_rule(primals, tangents):
+    (kernel, x), (dk, dx) = primals, tangents
+    return conv(kernel, x), 0.5 * conv(dk, x) + conv(kernel, dx)
+
+
+def remat(policy):
+    def block(kernel, x):
+        y = checkpoint_name(conv(kernel, x), 'y')
+        return conv(kernel, jnp.tanh(y))
+
+    return gradient_of(jax.checkpoint(block, policy=policy))
+
+
+POLICIES = jax.checkpoint_policies
+CONSTANT = np.random.default_rng(1).normal(size=(2, 2, 3, 3))
+
+
+def scanned(kernel, x):
+    carry, ys = lax.scan(lambda c, _: (conv(kernel, c), jnp.sum(c)), x, length=2)
+    return jnp.sum(carry) * ys[-1]
+
+
+def while_loop(kernel, x):
+    smaller = lambda c: c[0] < 2 + 0 * jnp.sum(conv(kernel, c[1]))
+    grow = lambda c: (c[0] + 1, conv(kernel, c[1]))
+    return lax.while_loop(smaller, grow, (0.0, x))[1]
+
+
+def fori_loop(kernel, x):
+    step = lambda i, k: k - 0.01 * (i + 1) * gradient_of(conv)(k, x)[0]
+    return lax.fori_loop(0, 2, step, kernel)
+
+
+def switch(kernel, x):
+    branches = [conv, lambda kernel, x: conv(kernel, conv(kernel, x)), lambda _, x: x]
+    return lax.switch(jnp.sum(x > 0) % 3, branches, kernel, x)
+
+
+def with_keys(kernel, x):
+    key, raw = jax.random.key(0), jax.random.PRNGKey(1)
+    noise = jax.random.uniform(key)
+    block = lambda kernel, x: conv(kernel, x) * noise
+    # Keys are arguments and results of what is rewritten, too.
+    draw = convolutions.canonical(
+        lambda keys: (jax.random.split(keys), jnp.sum(conv(kernel, x)))
+    )
+    keys, number = draw(key)
+    return gradient_of(block)(kernel, x), jax.random.key_data(keys), number, raw
+
+
+def with_a_reference(kernel, x):
+    sums = jax.new_ref(jnp.zeros_like(x))
+    sums[...] += conv(kernel, x)
+    sums[...] *= 2
+    return sums[...]
+
+
+def donated(kernel, x):
+    return jax.jit(gradient_of(conv), donate_argnums=(0,))(kernel + 1, x)
+
+
+def duplicated(kernel, x):
+    y = conv(kernel, x)
+    return y, {'again': y, 'given': x, 'and': [x, kernel]}
+
+
+def python_scalars(kernel, x):
+    return 1, 2.5, True, gradient_of(conv)(kernel, x), 0.0
+
+
+def called_back(kernel, x):
+    x = x.astype(jnp.float32)  # Callbacks run in other threads, without 64 bits.
+    told = jax.pure_callback(np.sin, x, x, vmap_method='expand_dims')
+    return conv(kernel, told.astype(kernel.dtype))
+
+
+def printed(kernel, x):
+    y = conv(kernel, x)
+    jax.debug.print('{y}', y=jnp.sum(y))
+    return gradient_of(conv)(kernel, y)
+
+
+NO_GRADIENT = {'gradient of a closure'}
+# Functions, and where JAX does not allow them.
+FUNCTIONS = {
+    'custom_vjp': (gradient_of(with_vjp), {}),
+    'custom_vjp, its gradient outside': (with_vjp, {}),
+    'custom_vjp with what is no array': (
+        gradient_of(functools.partial(with_static, 2)),
+        {},
+    ),
+    'custom_jvp': (gradient_of(with_jvp), {}),
+    'custom_jvp, its gradient outside': (with_jvp, {}),
+    'checkpoint that saves nothing': (remat(POLICIES.nothing_saveable), {}),
+    'checkpoint that saves dots': (remat(POLICIES.dots_saveable), {}),
+    'checkpoint of names': (remat(POLICIES.save_only_these_names('y')), {}),
+    'scan': (gradient_of(scanned), {}),
+    'while': (while_loop, NO_GRADIENT),
+    'fori': (fori_loop, {}),
+    'switch': (gradient_of(switch), {}),
+    'a constant': (lambda _, x: gradient_of(conv)(CONSTANT, x), {}),
+    'an array as a constant': (lambda _, x: conv(jnp.array(CONSTANT), x), {}),
+    'jit in jit': (jax.jit(jax.jit(gradient_of(jax.jit(conv)))), {}),
+    'donated inside': (donated, {}),
+    'keys': (with_keys, {}),
+    'a reference': (with_a_reference, {}),
+    'given and duplicated': (duplicated, {}),
+    'nothing but what is given': (lambda kernel, x: (x, kernel, x), {}),
+    'Python scalars': (python_scalars, {}),
+    'pure_callback': (called_back, NO_GRADIENT),
+    'debug.print': (printed, {}),
+}
+
+
+def in_surroundings(wrap, function, forbidden):
+    """A function that uses another in each kind of surroundings.
+
+    Args:
+        wrap: what to do with the function.
+        function: of a kernel and images.
+        forbidden: the names of the surroundings to leave out.
+    """
+    closed = lambda *args: wrap(lambda: function(*args))()
+    wrapped = wrap(function)
+
+    def total(function):
+        leaves = lambda *args: jax.tree.leaves(function(*args))
+        is_float = lambda x: jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
+        return lambda *args: sum(
+            jnp.sum(jnp.cos(x)) for x in leaves(*args) if is_float(x)
+        )
+
+    def scan(function):
+        return lambda kernel, x: lax.scan(
+            lambda c, s: (c, function(c, s * x)), kernel, jnp.array([1.0, 0.5])
+        )
+
+    def vmap(function):
+        return lambda kernel, x: jax.vmap(function, (None, 0))(
+            kernel, jnp.stack([x, 0.5 * x])
+        )
+
+    surroundings = {
+        'jit': wrapped,
+        'closure': closed,
+        'scan': scan(wrapped),
+        'vmap of a closure': vmap(closed),
+        'gradient of a closure': jax.grad(total(closed)),
+        'branch': lambda *args: lax.cond(
+            jnp.sum(args[1]) > 0, closed, lambda *args: function(*args), *args
+        ),
+    }
+    return lambda *args: {
+        name: f(*args) for name, f in surroundings.items() if name not in forbidden
+    }
+
+
+@pytest.fixture
+def kernel_and_images():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(2, 2, 3, 3)), rng.normal(size=(3, 2, 4, 4))
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_functions_of_users_in_all_surroundings(
+    name, kernel_and_images, monkeypatch, x64
+):
+    in_portions(monkeypatch, 1)
+    function, forbidden = FUNCTIONS[name]
+    # Compiled without optimizations, which takes less long.
+    jit = functools.partial(
+        jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+    )
+    plain = jit(in_surroundings(lambda f: f, function, forbidden))
+    fast = jit(in_surroundings(convolutions.canonical, function, forbidden))
+    expected, found = plain(*kernel_and_images), fast(*kernel_and_images)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
+    typed = lambda tree: jax.tree.map(lambda x: x.weak_type, tree)
+    assert typed(found) == typed(expected)
+    # Sums of a few hundred terms that cancel each other in part.
+    chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def emit_debug(tell, x):
+    jax.debug.callback(tell, x)
+
+
+def emit_ordered_debug(tell, x):
+    jax.debug.callback(tell, x, ordered=True)
+
+
+def emit_io(tell, x):
+    io_callback(tell, None, x)
+
+
+def emit_ordered_io(tell, x):
+    io_callback(tell, None, x, ordered=True)
+
+
+EFFECTS = {
+    'debug': emit_debug,
+    'ordered debug': emit_ordered_debug,
+    'io': emit_io,
+    'ordered io': emit_ordered_io,
+}
+
+
+@pytest.mark.parametrize('name', EFFECTS)
+def test_side_effects_happen_as_often_as_before(name, kernel_and_images):
+    kernel, images = (jnp.asarray(x, jnp.float32) for x in kernel_and_images)
+    emit, seen = EFFECTS[name], []
+    tell = lambda x: seen.append(round(float(x), 3))
+
+    def function(kernel, x):
+        emit(tell, 0)
+
+        def body(i, k):
+            k = k - 0.01 * gradient_of(conv)(k, x)[0]
+            emit(tell, i + 1)
+            return k
+
+        kernel = lax.fori_loop(0, 3, body, kernel)
+        told = lambda k: emit(tell, 10) or conv(k, x)
+        y = lax.cond(jnp.sum(kernel**2) > 0, told, lambda k: conv(k, 2 * x), kernel)
+        emit(tell, 20)
+        return y
+
+    def happened(function):
+        looped = lambda k, x: lax.scan(
+            lambda c, x: (c, function(c, x)), k, jnp.stack([x, x])
+        )
+        for run in (function, looped):
+            jax.block_until_ready(jax.jit(run)(kernel, images))
+            jax.effects_barrier()
+        found = list(seen)
+        seen.clear()
+        return found if 'ordered' in name else sorted(found)
+
+    expected = happened(function)
+    assert len(expected) == 18
+    assert happened(convolutions.canonical(function)) == expected
+
+
+def test_callbacks_that_return_happen_as_often_as_before(kernel_and_images):
+    kernel, images = (jnp.asarray(x, jnp.float32) for x in kernel_and_images)
+    seen = []
+
+    def doubled(x):
+        seen.append(x.shape)
+        return np.asarray(2 * x)
+
+    call_pure = lambda x: jax.pure_callback(doubled, x, x, vmap_method='sequential')
+    call_io = lambda x: io_callback(doubled, x, x)
+
+    def number(wrap, call):
+        function = wrap(lambda kernel, x: conv(kernel, call(x)))
+        mapped = jax.vmap(function, (None, 0))
+        jax.block_until_ready(jax.jit(function)(kernel, images))
+        if call is call_pure:
+            jax.block_until_ready(jax.jit(mapped)(kernel, jnp.stack([images] * 3)))
+        found = list(seen)
+        seen.clear()
+        return found
+
+    for call, times in ((call_pure, 4), (call_io, 1)):
+        expected = number(lambda f: f, call)
+        assert len(expected) == times
+        assert number(convolutions.canonical, call) == expected
+
+
+def test_donated_arguments_are_given_away(kernel_and_images):
+    kernel, images = kernel_and_images
+    step = lambda kernel: kernel - gradient_of(conv)(kernel, images)[0]
+    expected = step(jnp.asarray(kernel, jnp.float32))
+    given = jnp.asarray(kernel, jnp.float32)
+    found = jax.jit(convolutions.canonical(step), donate_argnums=0)(given)
+    assert given.is_deleted()
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_python_scalars_and_arrays_with_values_stay_what_they_are():
+    seen = []
+
+    def function(x, mask, array):
+        seen.append((type(mask), float(array)) if isinstance(mask, np.ndarray) else 0)
+        return 1, 2.5, True, None, mask, array, x[mask]
+
+    array = jnp.array(1.0)
+
+    @jax.jit
+    def outer(x):
+        mask = np.array([True, False, True])
+        result = convolutions.canonical(function)(x, mask, array)
+        one, half, true, none, same_mask, same_array, picked = result
+        assert (one, half, true, none) == (1, 2.5, True, None)
+        assert type(one) is int
+        assert type(half) is float
+        assert same_mask is mask
+        assert same_array is array
+        return picked
+
+    chex.assert_trees_all_equal(outer(jnp.arange(3.0)), jnp.array([0.0, 2.0]))
+
+
+def test_names_of_mapped_axes_are_known_inside(kernel_and_images):
+    kernel, images = (jnp.asarray(x, jnp.float32) for x in kernel_and_images)
+
+    def function(kernel, x):
+        gradients = gradient_of(conv)(kernel, x)
+        return lax.pmean(gradients, 'i'), lax.axis_index('i')
+
+    mapped = lambda f: jax.jit(jax.vmap(f, (None, 0), axis_name='i'))
+    args = kernel, jnp.stack([images, 2 * images])
+    chex.assert_trees_all_close(
+        mapped(convolutions.canonical(function))(*args),
+        mapped(function)(*args),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_references_from_outside_are_written_once(kernel_and_images):
+    kernel, images = (jnp.asarray(x, jnp.float32) for x in kernel_and_images)
+    count, closed = jax.new_ref(jnp.zeros(())), jax.new_ref(jnp.zeros(()))
+
+    def function(count, kernel):
+        count[...] += 1
+        closed[...] += 2
+        return gradient_of(conv)(kernel, images)
+
+    jax.jit(convolutions.canonical(function))(count, kernel)
+    assert (count[...], closed[...]) == (1, 2)
+
+
+def is_rewritten(function, args):
+    # Another function, which jit has not seen yet.
+    found = orders(lambda args: function(args), args)
+    return '[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]' in found
+
+
+def test_the_switch(monkeypatch):
+    function, args = gradient('channels first')
+    args = [jnp.asarray(x, jnp.float32) for x in args]
+    # Wrapped before the variable is set: it is read in the call.
+    default, on, off = (
+        convolutions.canonical(function, enabled=x) for x in (None, True, False)
+    )
+    switched = lambda: [is_rewritten(f, args) for f in (default, on, off)]
+    assert switched() == [True, True, False]
+    monkeypatch.setenv('VSAM_JAX_CONVOLUTIONS', '0')
+    assert switched() == [False, True, False]
+    monkeypatch.setenv('VSAM_JAX_CONVOLUTIONS', '1')
+    assert switched() == [True, True, False]
+
+
+@pytest.mark.parametrize('value', ['', 'off', 'true', '2'])
+def test_a_switch_that_says_neither_is_refused(value, monkeypatch):
+    identity = lambda x: x
+    monkeypatch.setenv('VSAM_JAX_CONVOLUTIONS', value)
+    wrapped = convolutions.canonical(identity)
+    message = f"VSAM_JAX_CONVOLUTIONS must be 1 .* or 0 .*, got '{value}'"
+    for call in (wrapped, jax.jit(wrapped)):
+        with pytest.raises(ValueError, match=message):
+            call(1.0)
+    assert convolutions.canonical(identity, enabled=True)(1.0) == 1
+    with pytest.raises(TypeError, match="enabled must be a bool or None, got '0'"):
+        convolutions.canonical(identity, enabled='0')
+
+
+def test_conditionals_and_builders_follow_the_variable(monkeypatch):
+    state = vsam_jax.TrainState.create(
+        apply_fn=None, params=[jnp.ones((2, 2, 3, 3))], tx=vsam_jax.vsam(0.1)
+    )
+    loss_fn = lambda w, stats, batch, key: (conv_loss(w, batch), (stats, None))
+
+    def found():
+        step = vsam_jax.make_train_step(loss_fn)
+        traced = lambda state, images: step(state, images)
+        return set(orders(traced, state, jnp.ones((2, 2, 4, 4))))
+
+    assert found() == {'[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]'}
+    monkeypatch.setenv('VSAM_JAX_CONVOLUTIONS', '0')
+    # Those of JAX: forward, and the gradient of the kernel.
+    assert found() == {
+        '[b, f, 0, 1]x[o, i, 0, 1]->[b, f, 0, 1]',
+        '[f, b, 0, 1]x[i, o, 0, 1]->[f, b, 0, 1]',
+    }
+
+
+def broken_rewriting(monkeypatch):
+    def fail(*_):
+        raise AttributeError('no eqns')
+
+    monkeypatch.setattr(convolutions, '_transposed', fail)
+
+
+def broken_types(monkeypatch):
+    # A program of another type than what it stands for.
+    monkeypatch.setattr(
+        convolutions,
+        '_in_closed',
+        lambda program, _: jax.make_jaxpr(
+            lambda *args: [
+                x.astype(jnp.bfloat16)
+                for x in convolutions.core.jaxpr_as_fun(program)(*args)
+            ]
+        )(*program.in_avals),
+    )
+
+
+def broken_evaluation(monkeypatch):
+    def halfway(*args):
+        lax.tan(args[0])
+        raise RuntimeError('in the middle')
+
+    monkeypatch.setattr(convolutions.core, 'jaxpr_as_fun', lambda _: halfway)
+
+
+def broken_internals(monkeypatch):
+    monkeypatch.delattr(convolutions.core, 'primitives')
+
+
+BROKEN = {
+    'AttributeError: no eqns': broken_rewriting,
+    'TypeError: types .*float32.* became .*bfloat16': broken_types,
+    'RuntimeError: in the middle': broken_evaluation,
+    'AttributeError: .*primitives': broken_internals,
+}
+
+
+@pytest.mark.parametrize('message', BROKEN)
+def test_what_cannot_be_rewritten_stays_as_it_is(
+    message, monkeypatch, kernel_and_images
+):
+    args = [jnp.asarray(x, jnp.float32) for x in kernel_and_images]
+    plain = lambda *args: gradient_of(conv)(*args)
+    wrapped = convolutions.canonical(plain)
+    expected = str(jax.make_jaxpr(plain)(*args))
+    BROKEN[message](monkeypatch)
+    warning = f'{message}.*jax {re.escape(jax.__version__)}.*VSAM_JAX_CONVOLUTIONS=0'
+    with pytest.warns(RuntimeWarning, match=f'(?s){warning}') as caught:
+        found = str(jax.make_jaxpr(wrapped)(*args))
+    assert len(caught) == 1
+    # Nothing is left of the attempt.
+    assert found == expected
+    with warnings.catch_warnings(action='error'):  # Once a process.
+        again = jax.make_jaxpr(lambda *args: wrapped(*args))(*args)
+    assert str(again) == expected
+
+
+def test_silenced_fallbacks(monkeypatch, kernel_and_images):
+    args = [jnp.asarray(x, jnp.float32) for x in kernel_and_images]
+    broken_rewriting(monkeypatch)
+    monkeypatch.setenv('VSAM_JAX_CONVOLUTIONS', '0')
+    jax.make_jaxpr(convolutions.canonical(gradient_of(conv)))(*args)
+    monkeypatch.delenv('VSAM_JAX_CONVOLUTIONS')
+    jax.make_jaxpr(convolutions.canonical(gradient_of(conv), enabled=False))(*args)
+
+
+def test_errors_of_the_function_are_its_own():
+    calls = []
+
+    class OwnError(Exception):
+        pass
+
+    def function(x):
+        calls.append(x)
+        raise OwnError('mine')
+
+    # A warning would be an error here.
+    with pytest.raises(OwnError, match=r'^mine') as caught:
+        jax.jit(convolutions.canonical(function))(1.0)
+    assert caught.value.__cause__ is None
+    assert len(calls) == 1
+
+
+def test_errors_of_outer_transformations_are_their_own(kernel_and_images):
+    kernel, images = (jnp.asarray(x, jnp.float32) for x in kernel_and_images)
+    calls = []
+
+    def function(kernel):
+        calls.append(kernel)
+        io_callback(lambda _: None, None, kernel, ordered=True)
+        return jnp.sum(conv(kernel, images))
+
+    wrapped = convolutions.canonical(function)
+    with pytest.raises(ValueError, match=r'Cannot `vmap` ordered IO'):
+        jax.jit(jax.vmap(wrapped))(jnp.stack([kernel]))
+    assert len(calls) == 1
+
+
+WITHOUT_FLAX = """
+import importlib.util, sys
+sys.modules['flax'] = None
+spec = importlib.util.spec_from_file_location('convolutions', sys.argv[1])
+convolutions = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(convolutions)
+import jax, jax.numpy as jnp
+x = jnp.ones((1, 1, 4, 4))
+loss = lambda kernel: jnp.mean(jax.lax.conv(x, kernel, (1, 1), 'SAME') ** 2)
+print(jax.jit(convolutions.canonical(jax.grad(loss)))(jnp.ones((1, 1, 3, 3))).shape)
+"""
+
+
+def test_flax_is_not_needed():
+    output = subprocess.run(
+        [sys.executable, '-c', WITHOUT_FLAX, convolutions.__file__],
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert output.split('\n')[0] == '(1, 1, 3, 3)'
+
+
+def test_what_is_public():
+    assert convolutions.__all__ == ['canonical']

@@ -51,7 +51,9 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     small = only_state(state)._replace(psf=None, rings=None)
     # The fields are arrays, or variables of NNX with an array each.
     fields = small._asdict().items()
-    arrays = {name: x if x is None else jax.tree.leaves(x)[0] for name, x in fields}
+    arrays: dict[str, Any] = {
+        name: x if x is None else jax.tree.leaves(x)[0] for name, x in fields
+    }
     return _read(VSAMState(**arrays))
 
 

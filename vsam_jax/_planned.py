@@ -280,6 +280,7 @@ class PlannedStep:
                 ' to the function that builds it, or put optax.MultiSteps around what'
                 ' comes after the method.'
             )
+        assert layout.counter is not None
         new = _Window.read(*leaves[layout.counter : layout.counter + 3])
         self.num_reads += 1
         if window is not None and continues and new.step != window.next_step:
@@ -298,6 +299,7 @@ class PlannedStep:
         self, output: Any, args: Any, kwargs: Any, leaves: list[Any], layout: '_Layout'
     ) -> Any:
         """The step counter of the state that came out of a step."""
+        assert layout.counter is not None
         new, structure = jax.tree.flatten(output)
         places = self._layouts.get(structure)
         if places is None:

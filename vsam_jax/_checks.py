@@ -183,9 +183,8 @@ def resolve_mask(
         )
     except ValueError as error:
         raise ValueError(
-            f'{name} must have the structure of the parameters or a prefix of it;'
-            f' got {jax.tree.structure(tree)} for parameters'
-            f' {jax.tree.structure(params)}.'
+            f'{name} must have the structure of the parameters or a prefix of it:'
+            f' {first_difference(tree, params, prefix=True)}'
         ) from error
     if not (allow_empty or any(jax.tree.leaves(full))):
         raise ValueError(
@@ -237,10 +236,10 @@ def same_tree(
     name: str, tree: PyTree, like_name: str, like: PyTree, *, dtypes: bool
 ) -> None:
     """Raises unless both trees agree in structure, shapes and (asked) dtypes."""
-    got, want = jax.tree.structure(tree), jax.tree.structure(like)
-    if got != want:
+    if jax.tree.structure(tree) != jax.tree.structure(like):
         raise ValueError(
-            f'{name} must have the tree structure of {like_name}, {want}, got {got}.'
+            f'{name} must have the tree structure of {like_name}:'
+            f' {first_difference(tree, like)}'
         )
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(tree),
@@ -258,6 +257,60 @@ def same_tree(
                 f'{name} must have the dtypes of {like_name}: at {where(path)} it'
                 f' must be {jnp.result_type(y)}, got {jnp.result_type(x)}.'
             )
+
+
+def first_difference(tree: PyTree, like: PyTree, *, prefix: bool = False) -> str:
+    """Says in a line where two trees of different structure begin to differ.
+
+    Args:
+        tree: what was given.
+        like: what it should look like.
+        prefix: whether a leaf of ``tree`` may stand for a part of ``like``.
+
+    Returns:
+        A sentence.
+    """
+    return _difference((), tree, like, prefix) or (
+        f'it is made of other nodes, such as {type(tree).__name__} for'
+        f' {type(like).__name__}.'
+    )
+
+
+def _difference(path: Any, tree: PyTree, like: PyTree, prefix: bool) -> str:
+    given, wanted = (_children(x) for x in (tree, like))
+    if given is None and (prefix or wanted is None):
+        return ''
+    if given is None or wanted is None or type(tree) is not type(like):
+        return f'at {where(path)} it has {_kind(tree)}, where {_kind(like)} is wanted.'
+    extra = [k for k in given if k not in wanted]
+    missing = [k for k in wanted if k not in given]
+    if extra or missing:
+        key = (missing or extra)[0]
+        verb = 'lacks' if missing else 'has in addition'
+        return f'it {verb} {where((*path, key))}.'
+    for key, child in given.items():
+        if text := _difference((*path, key), child, wanted[key], prefix):
+            return text
+    return ''
+
+
+def _children(tree: PyTree) -> dict[Any, Any] | None:
+    """The children of a node by their keys, None for a leaf."""
+    if tree is None:
+        return {}
+    pairs, structure = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is not tree
+    )
+    if jax.tree_util.treedef_is_leaf(structure):
+        return None
+    return {path[0]: child for path, child in pairs if path}
+
+
+def _kind(tree: PyTree) -> str:
+    if tree is None:
+        return 'None'
+    name = type(tree).__name__
+    return f'an array of shape {tree.shape}' if hasattr(tree, 'shape') else f'a {name}'
 
 
 def where(path: Any) -> str:

@@ -70,6 +70,10 @@ def vsam(
     array overrides the plan in a traced step. Outside of ``jax.jit`` the plan is
     read, and nothing is compiled.
 
+    With ``value``, the loss L(w) of the first pass, ``grad_fn`` may return
+    ``(value, grads)`` as ``jax.value_and_grad`` does: the state then keeps by how much
+    the loss rises, L(w + ε) − L(w), as its ``sharpness``.
+
     *Several devices.* Under ``jax.jit`` one program sees all of them, and nothing need
     be said. A function that runs once per device (``jax.shard_map``, ``jax.pmap``)
     says how gradients are made there, by two more arguments of ``update``.

@@ -36,6 +36,8 @@ class VSAMState(NamedTuple):
             None in methods that use no statistics.
         grad_norm: scalar in the statistics dtype, ‖g‖ of the latest usable sample.
         psf_norm: the same of ‖s‖.
+        sharpness: the same of L(w + ε) − L(w), by how much the loss rises; NaN until it
+            is known, which takes ``value`` and a ``grad_fn`` that returns it too.
         sampled: bool scalar, whether the latest update took a second gradient.
         num_samples: int32 scalar, how many updates took a second gradient.
         num_rejected: int32 scalar, how many of those were not finite and were
@@ -51,6 +53,7 @@ class VSAMState(NamedTuple):
     rings: Rings | None
     grad_norm: jax.Array
     psf_norm: jax.Array
+    sharpness: jax.Array
     sampled: jax.Array
     num_samples: jax.Array
     num_rejected: jax.Array

@@ -22,8 +22,8 @@ from vsam_jax._types import DTypeLike, PyTree
 
 # (params, collections, batch, key) -> (loss, (collections, aux))
 LossFn = Callable[..., tuple[jax.Array, tuple[PyTree, Any]]]
-# The same arguments -> (grads, (collections, aux))
-Gradient = Callable[..., tuple[PyTree, tuple[PyTree, Any]]]
+# The same arguments -> (loss, grads, (collections, aux))
+Gradient = Callable[..., tuple[jax.Array, PyTree, tuple[PyTree, Any]]]
 
 
 class Begun(NamedTuple):
@@ -31,7 +31,8 @@ class Begun(NamedTuple):
 
     Attributes:
         grads: the gradient, what the optimizer wants.
-        arguments: for ``tx.update``, by name; none where no method stands in the state.
+        arguments: for ``tx.update``, by name: the loss, for optimizers that want it, and
+            what a method wants, where one stands in the state.
         collections: whatever the forward pass updates, such as running statistics.
         aux: anything else that the loss function returned.
     """
@@ -118,20 +119,24 @@ class Builder:
             dtype = None if dynamic_scale is None else jnp.float32
             gradient = _accumulated(gradient, self.num_micro_batches, dtype)
         before = _collectives.own_copy(collections, axes)
-        grads, (after, aux) = gradient(
-            _collectives.own_copy(params, axes), before, batch, key
-        )
+
+
+        def one_pass(params: PyTree) -> tuple[jax.Array, PyTree, tuple[PyTree, Any]]:
+            # What is not perturbed is still what all devices share.
+            return gradient(_collectives.own_copy(params, axes), before, batch, key)
+
+        value, grads, (after, aux) = one_pass(params)
         if self.has_overwrites(grads):
             # Sizes that were seen: over all devices the largest ones count.
             seen = _collectives.largest(grads[self.overwrites], axes)
             grads = {**grads, self.overwrites: seen}
-        arguments = {}
+        arguments = {
+            'value': _collectives.mean(value, axes),
+            'value_fn': lambda p: _collectives.mean(one_pass(p)[0], axes),
+        }
         if states_in(opt_state):
-            arguments = {
-                # What is not perturbed is still what all devices share.
-                'grad_fn': lambda p: gradient(
-                    _collectives.own_copy(p, axes), before, batch, key
-                )[0],
+            arguments |= {
+                'grad_fn': lambda p: one_pass(p)[:2],
                 'sample': sample,
                 'axis_name': self.axis_name,
                 'per_device': self.per_device,
@@ -185,21 +190,28 @@ class Builder:
         return isinstance(grads, Mapping) and self.overwrites in grads
 
     def _gradient(self, loss_fn: LossFn, dynamic_scale: Any) -> Gradient:
-        if dynamic_scale is None:
-            return jax.grad(loss_fn, has_aux=True)
-        scaled = dynamic_scale.value_and_grad(loss_fn, has_aux=True)
+        unscaled = jax.value_and_grad(loss_fn, has_aux=True)
 
-        def gradient(*args: Any) -> tuple[PyTree, tuple[PyTree, Any]]:
-            result = scaled(*args)
-            grads = result.grad
+        def gradient(*args: Any) -> tuple[jax.Array, PyTree, tuple[PyTree, Any]]:
+            if dynamic_scale is None:
+                (value, outputs), grads = unscaled(*args)
+                return value, grads, outputs
+            result = dynamic_scale.value_and_grad(loss_fn, has_aux=True)(*args)
+            (value, outputs), grads = result.aux, result.grad
             if self.has_overwrites(grads):
                 # These are no gradients: no scale is in them, so none comes out.
                 values = grads[self.overwrites]
                 values = optax.tree.scale(dynamic_scale.scale, values)
                 grads = {**grads, self.overwrites: values}
-            return grads, result.aux[1]
+            return value, grads, outputs
 
         return gradient
+
+
+def takes_extra_args(tx: Any) -> bool:
+    """Whether ``tx.update`` takes arguments besides the three of any optimizer."""
+    # MultiSteps passes them on, without being what says so.
+    return isinstance(tx, (optax.GradientTransformationExtraArgs, optax.MultiSteps))
 
 
 def _check_accumulation(opt_state: PyTree) -> None:
@@ -232,25 +244,26 @@ def _accumulated(
 
     def accumulated(
         params: PyTree, collections: PyTree, batch: Any, key: jax.Array | None
-    ) -> tuple[PyTree, tuple[PyTree, Any]]:
+    ) -> tuple[jax.Array, PyTree, tuple[PyTree, Any]]:
         def add(carry: Any, micro_batch: Any) -> tuple[Any, Any]:
             total, collections = carry
             index, batch = micro_batch
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            grads, (new, aux) = gradient(params, collections, batch, micro_key)
+            value, grads, (new, aux) = gradient(params, collections, batch, micro_key)
             collections = _in_dtypes_of(collections, new)
             total = jax.tree.map(lambda t, g: t + _numerics.widen(g), total, grads)
-            return (total, collections), aux
+            return (total, collections), (value, aux)
 
         zeros = optax.tree.zeros_like(jax.tree.map(_numerics.widen, params))
-        (total, collections), aux = jax.lax.scan(
+        (total, collections), (values, aux) = jax.lax.scan(
             add,
             (zeros, collections),
             (jnp.arange(num_micro_batches), jax.tree.map(split, batch)),
         )
         mean = optax.tree.scale(1 / num_micro_batches, total)
         cast = lambda m, p: m.astype(dtype or p.dtype)
-        return jax.tree.map(cast, mean, params), (collections, aux)
+        grads = jax.tree.map(cast, mean, params)
+        return values.mean(), grads, (collections, aux)
 
     return accumulated
 

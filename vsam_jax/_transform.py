@@ -8,6 +8,7 @@ an optax transformation; it knows none of them by name.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -101,6 +102,7 @@ class _Outcome(NamedTuple):
     rings: Rings | None
     grad_norm: jax.Array
     psf_norm: jax.Array
+    sharpness: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +141,7 @@ class _Method:
             rings=rings,
             grad_norm=jnp.zeros((), dtype),
             psf_norm=jnp.zeros((), dtype),
+            sharpness=jnp.full((), jnp.nan, dtype),
             sampled=jnp.zeros((), jnp.bool_),
             num_samples=jnp.zeros((), jnp.int32),
             num_rejected=jnp.zeros((), jnp.int32),
@@ -154,6 +157,7 @@ class _Method:
         sample: Any = None,
         axis_name: _collectives.AxisName = None,
         per_device: bool = False,
+        value: Any = None,
         **extra_args: Any,
     ) -> tuple[PyTree, VSAMState]:
         """The direction and the next state, see :func:`vsam_jax.vsam`."""
@@ -170,11 +174,15 @@ class _Method:
 
         def sampled() -> _Outcome:
             assert grad_fn is not None
-            sam_grads = self._second_gradient(
-                updates if per_device else grads, params, grad_fn, state.step, axes
+            second = self._second_pass(
+                updates if per_device else grads,
+                params,
+                functools.partial(_pass_of, grad_fn, updates, value),
+                state.step,
+                axes,
             )
-            sam_grads = _collectives.mean(sam_grads, axes)
-            return self._accept(grads, sam_grads, state, params, sample)
+            sharpness, sam_grads = _collectives.mean(second, axes)
+            return self._accept(grads, sam_grads, sharpness, state, params, sample)
 
         def unsampled() -> _Outcome:
             return self._recall(grads, state)
@@ -196,19 +204,22 @@ class _Method:
             outcome = outcome._replace(memory=kept)
         return direction, self._advance(state, outcome, taken)
 
-    def _second_gradient(
+    def _second_pass(
         self,
         grads: PyTree,
         params: PyTree,
-        grad_fn: GradFn,
+        grad_fn: Callable[[PyTree], tuple[jax.Array, PyTree]],
         step: jax.Array,
         axes: _collectives.Axes,
-    ) -> PyTree:
-        """∇L(w + ε), each device's own; at ρ = 0 it is ``grads``, to the bit."""
+    ) -> tuple[jax.Array, PyTree]:
+        """L(w + ε) − L(w) and ∇L(w + ε), each device's own.
+
+        At ρ = 0 the gradient is ``grads``, to the bit.
+        """
         dtype = _numerics.statistics_dtype(params)
         radius = self.rho(step) if callable(self.rho) else self.rho
         radius = jnp.asarray(radius, dtype)
-        sam_grads = grad_fn(
+        sharpness, sam_grads = grad_fn(
             perturbations.perturb(
                 self.perturbation,
                 grads,
@@ -217,22 +228,16 @@ class _Method:
                 _checks.resolve_mask('perturb_mask', self.perturb_mask, params),
             )
         )
-        _checks.same_tree(
-            'the result of grad_fn',
-            sam_grads,
-            'the gradient passed to update',
-            grads,
-            dtypes=True,
-        )
         # The second pass may round differently from the first.
-        return jax.tree.map(
-            lambda g, g_sam: jnp.where(radius == 0, g, g_sam), grads, sam_grads
-        )
+        at_zero = lambda g, g_sam: jnp.where(radius == 0, g, g_sam)
+        sam_grads = jax.tree.map(at_zero, grads, sam_grads)
+        return jnp.where(radius == 0, sharpness * 0, sharpness), sam_grads
 
     def _accept(
         self,
         grads: PyTree,
         sam_grads: PyTree,
+        sharpness: jax.Array,
         state: VSAMState,
         params: PyTree,
         sample: bool | jax.Array,
@@ -255,7 +260,9 @@ class _Method:
         )
         # Decisions are not differentiated: they are piecewise constant, and the
         # derivative of a norm at zero is not finite.
-        grad_norm, psf_norm = jax.lax.stop_gradient((grad_norm, psf_norm))
+        grad_norm, psf_norm, sharpness = jax.lax.stop_gradient(
+            (grad_norm, psf_norm, sharpness.astype(dtype))
+        )
         if self._stores(state) and sample is not True:
             # Inside the branch, so that it is written where the older one was:
             # a conditional copies what is needed after it as it was before.
@@ -268,6 +275,7 @@ class _Method:
             rings=_kept(accepted, observed, state.rings),
             grad_norm=_kept(accepted, grad_norm, state.grad_norm),
             psf_norm=_kept(accepted, psf_norm, state.psf_norm),
+            sharpness=_kept(accepted, sharpness, state.sharpness),
         )
 
     def _recall(self, grads: PyTree, state: VSAMState) -> _Outcome:
@@ -285,6 +293,7 @@ class _Method:
             rings=state.rings,
             grad_norm=state.grad_norm,
             psf_norm=state.psf_norm,
+            sharpness=state.sharpness,
         )
 
     def _advance(
@@ -313,6 +322,7 @@ class _Method:
             rings=outcome.rings,
             grad_norm=outcome.grad_norm,
             psf_norm=outcome.psf_norm,
+            sharpness=outcome.sharpness,
             sampled=taken,
             num_samples=state.num_samples + taken.astype(jnp.int32),
             num_rejected=state.num_rejected + rejected.astype(jnp.int32),
@@ -325,6 +335,48 @@ class _Method:
 def _kept(accepted: jax.Array, new: PyTree, older: PyTree) -> PyTree:
     """The new tree or, after a sample that cannot be used, the older one."""
     return jax.tree.map(functools.partial(jnp.where, accepted), new, older)
+
+
+def _pass_of(
+    grad_fn: GradFn, updates: PyTree, value: Any, params: PyTree
+) -> tuple[jax.Array, PyTree]:
+    """L(w + ε) − L(w), NaN where it is not known, and the gradient there."""
+    result = grad_fn(params)
+    structure = jax.tree.structure(updates)
+    sharpness = jnp.full((), jnp.nan)
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    if (
+        is_pair
+        and jax.tree.structure(result) != structure
+        and jax.tree.structure(result[1]) == structure
+    ):
+        second, result = result
+        if value is None:
+            raise ValueError(
+                'value must be the loss of the first pass where grad_fn returns'
+                ' (value, gradient), got None: pass value=loss, or return the gradient'
+                ' alone, as jax.grad does where jax.value_and_grad does not.'
+            )
+        _check_value('value', value)
+        _check_value('the value that grad_fn returns', second)
+        sharpness = _numerics.widen(second) - _numerics.widen(jnp.asarray(value))
+    _checks.same_tree(
+        'the result of grad_fn',
+        result,
+        'the gradient passed to update',
+        updates,
+        dtypes=True,
+    )
+    return sharpness, result
+
+
+def _check_value(name: str, value: Any) -> None:
+    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(
+            f'{name} must be a real scalar, the loss, got an array of shape'
+            f' {jnp.shape(value)} and dtype {jnp.result_type(value)}. Does the loss'
+            ' function return more (has_aux)? Give the loss alone.'
+        )
 
 
 def _check_per_device(per_device: Any, axis_name: _collectives.AxisName) -> None:

@@ -10,7 +10,7 @@ import optax
 PyTree = Any
 # What a caller may give as a dtype. (jax.typing.DTypeLike leaves None out.)
 DTypeLike = Any
-# Maps parameters to the gradient of one mini-batch.
+# Maps parameters to the gradient of one mini-batch, or to (value, gradient).
 GradFn = Callable[[PyTree], PyTree]
 # A tree of booleans, or a callable that makes one from the parameters.
 Mask = PyTree | Callable[[PyTree], PyTree]

@@ -6,6 +6,7 @@ in training mode in both, and its running statistics come from the first alone. 
 overflow of a scaled loss skips the update and leaves no trace.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
@@ -18,7 +19,7 @@ from flax.training import train_state as flax_train_state
 from flax.training.dynamic_scale import DynamicScale
 
 from vsam_jax import _buffers, _collectives
-from vsam_jax._step import Builder
+from vsam_jax._step import Begun, Builder, takes_extra_args
 from vsam_jax._types import PyTree
 
 __all__ = ['LossFn', 'TrainState', 'make_train_step']
@@ -92,6 +93,8 @@ class TrainState(flax_train_state.TrainState):
         sample: Any = None,
         axis_name: _collectives.AxisName = None,
         per_device: bool = False,
+        value: Any = None,
+        value_fn: Callable[[PyTree], jax.Array] | None = None,
         **kwargs: Any,
     ) -> Self:
         """One update, as in flax, with the arguments of a sharpness-aware one.
@@ -101,36 +104,50 @@ class TrainState(flax_train_state.TrainState):
                 ``_overwrite_with_gradient`` (the scales of 8-bit floats) is no
                 gradient: it replaces that of ``params``, and the optimizer sees the
                 collection ``params`` alone.
-            grad_fn: maps parameters to the gradient of the same mini-batch.
+            grad_fn: maps parameters to the gradient of the same mini-batch, or to
+                ``(value, gradient)`` where ``value`` is given.
             sample: whether this step is sampled, see :func:`vsam_jax.vsam`.
             axis_name: the mapped axis over which to average, likewise.
             per_device: whether each device has its own perturbation, likewise.
+            value: the loss, for optimizers that want it.
+            value_fn: maps parameters to the loss of the same mini-batch, for line
+                searches.
             **kwargs: fields to replace, such as ``batch_stats``.
 
         Returns:
             The state of the next step.
         """
-        told = {
-            'grad_fn': grad_fn,
-            'sample': sample,
-            'axis_name': axis_name,
-            'per_device': per_device,
-        }
+        told: dict[str, Any] = {}
+        if grad_fn is not None:
+            told |= {
+                'grad_fn': grad_fn,
+                'sample': sample,
+                'axis_name': axis_name,
+                'per_device': per_device,
+            }
+        if value is not None:
+            told |= {'value': value}
+        if value_fn is not None:
+            told |= {'value_fn': value_fn}
         if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
             whole = self.params
+            of_whole = lambda p: {**whole, 'params': p}
             if grad_fn is not None:
-                told['grad_fn'] = lambda p: grad_fn({**whole, 'params': p})['params']
-            trained = self.replace(params=whole['params']).apply_gradients(
-                grads=grads['params'], **told, **kwargs
+                told['grad_fn'] = lambda p: _of_params(grad_fn(of_whole(p)))
+            if value_fn is not None:
+                told['value_fn'] = lambda p: value_fn(of_whole(p))
+            inner = self.replace(params=whole['params'])
+            trained = TrainState.apply_gradients(
+                inner, grads=grads['params'], **told, **kwargs
             )
             return trained.replace(params={**grads, 'params': trained.params})
-        # MultiSteps passes them on, without being what says so.
-        takes_more = (optax.GradientTransformationExtraArgs, optax.MultiSteps)
+        if value is not None:
+            told |= {'grad': grads}
         updates, opt_state = self.tx.update(
             grads,
             self.opt_state,
             self.params,
-            **(told if isinstance(self.tx, takes_more) and grad_fn else {}),
+            **(told if takes_extra_args(self.tx) else {}),
         )
         return self.replace(
             step=self.step + 1,
@@ -138,6 +155,14 @@ class TrainState(flax_train_state.TrainState):
             opt_state=opt_state,
             **kwargs,
         )
+
+
+def _of_params(result: PyTree) -> PyTree:
+    """The part of a gradient that is one, of (value, gradient) too."""
+    if isinstance(result, tuple):
+        value, grads = result
+        return value, grads['params']
+    return result['params']
 
 
 class LossFn(Protocol):
@@ -158,6 +183,11 @@ def make_train_step(
     per_device: bool = False,
 ) -> Callable[..., tuple[TrainState, Any]]:
     """Builds the training step of a loss that is written once.
+
+    The state is a :class:`TrainState`, or one of Flax's or of your own: fields that it
+    lacks of ``batch_stats``, ``dropout_key`` and ``dynamic_scale`` count as ``{}`` and
+    None. Optimizers that want the loss (line searches, ``reduce_on_plateau``) get it as
+    ``value``, and ``value_fn`` and ``grad`` with it.
 
     Args:
         loss_fn: ``loss_fn(params, batch_stats, batch, key)`` runs the model in
@@ -226,35 +256,83 @@ def make_train_step(
     )
 
     def train_step(
-        state: TrainState, batch: Any, *, sample: Any = None
-    ) -> tuple[TrainState, Any]:
-        key = state.dropout_key
-        if key is not None:
-            key = jax.random.fold_in(key, state.step)
-            key = _collectives.own_key(key, builder.axes)
+        state: flax_train_state.TrainState, batch: Any, *, sample: Any = None
+    ) -> tuple[Any, Any]:
+        _check_state(state)
+        dynamic_scale = getattr(state, 'dynamic_scale', None)
         begun = builder.begin(
             loss_fn,
             state.params,
             state.opt_state,
-            state.batch_stats,
+            getattr(state, 'batch_stats', {}),
             batch,
-            key,
+            _key_of(state, builder.axes),
             sample=sample,
-            dynamic_scale=state.dynamic_scale,
-        )
-        new = state.apply_gradients(
-            grads=begun.grads, batch_stats=begun.collections, **begun.arguments
-        )
-        parts = lambda state: (state.params, state.batch_stats, state.opt_state)
-        (params, batch_stats, opt_state), dynamic_scale = builder.settle(
-            begun, parts(state), parts(new), state.dynamic_scale
-        )
-        new = new.replace(
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
             dynamic_scale=dynamic_scale,
         )
+        new = _updated(state, begun)
+        if dynamic_scale is not None:
+            parts, dynamic_scale = builder.settle(
+                begun, _parts(state), _parts(new), dynamic_scale
+            )
+            new = new.replace(dynamic_scale=dynamic_scale, **parts)
         return new, begun.aux
 
     return train_step
+
+
+def _key_of(state: Any, axes: _collectives.Axes) -> jax.Array | None:
+    """The random key of this step, each device's own."""
+    key = getattr(state, 'dropout_key', None)
+    if key is None:
+        return None
+    return _collectives.own_key(jax.random.fold_in(key, state.step), axes)
+
+
+def _parts(state: Any) -> dict[str, PyTree]:
+    """What an overflow leaves as it was."""
+    names = ('params', 'batch_stats', 'opt_state')
+    return {name: getattr(state, name) for name in names if hasattr(state, name)}
+
+
+def _updated(state: Any, begun: Begun) -> Any:
+    """The state after the update, of whatever class it is."""
+    fields = {}
+    if hasattr(state, 'batch_stats'):
+        fields['batch_stats'] = begun.collections
+    elif jax.tree.leaves(begun.collections):
+        raise ValueError(
+            'state must have a field batch_stats for what loss_fn returned in its'
+            f' place, but {type(state).__name__} has none: use'
+            ' vsam_jax.linen.TrainState, or add the field to your own class.'
+        )
+    if isinstance(state, TrainState):
+        apply = state.apply_gradients
+    elif type(state).apply_gradients is flax_train_state.TrainState.apply_gradients:
+        # Flax's passes nothing on to the optimizer.
+        apply = functools.partial(TrainState.apply_gradients, state)
+    elif 'grad_fn' not in begun.arguments:
+        return state.apply_gradients(grads=begun.grads, **fields)
+    else:
+        raise TypeError(
+            f'state must pass grad_fn on to the optimizer, but {type(state).__name__}'
+            ' has an apply_gradients of its own, written for Flax\'s: derive it from'
+            ' vsam_jax.linen.TrainState and hand all keyword arguments on,'
+            ' super().apply_gradients(grads=grads, **kwargs).'
+        )
+    return apply(grads=begun.grads, **fields, **begun.arguments)
+
+
+def _check_state(state: Any) -> None:
+    missing = [
+        name
+        for name in ('params', 'opt_state', 'tx', 'step', 'replace')
+        if not hasattr(state, name)
+    ]
+    if missing:
+        raise TypeError(
+            'state must be a vsam_jax.linen.TrainState, or one of Flax\'s or your own'
+            f' with the same fields, got {type(state).__name__} without'
+            f' {", ".join(missing)}. In a loop of your own call tx.update(grads,'
+            ' opt_state, params, grad_fn=...) instead.'
+        )

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from vsam_jax import _collectives
-from vsam_jax._step import Builder
+from vsam_jax._step import Builder, takes_extra_args
 from vsam_jax._types import PyTree
 
 __all__ = ['Optimizer', 'make_train_step', 'value_and_grad']
@@ -239,7 +239,13 @@ def make_train_step(
             dynamic_scale=dynamic_scale,
         )
         view.write_back(begun.collections)
-        optimizer.update(model, view.gradients(begun.grads), **begun.arguments)
+        grads = view.gradients(begun.grads)
+        arguments = begun.arguments | {'grad': nnx.as_pure(grads)}
+        told = arguments if takes_extra_args(optimizer.tx) else {}
+        if isinstance(optimizer, nnx.ModelAndOptimizer):
+            optimizer.update(grads, **told)
+        else:
+            optimizer.update(model, grads, **told)
         if dynamic_scale is not None:
             _settle(builder, begun, view, optimizer, opt_state, dynamic_scale)
         return begun.aux

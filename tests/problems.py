@@ -13,7 +13,7 @@ import optax
 import vsam_jax
 
 
-def random_sam(rho, *, rate=0.5, window=50, seed=0, reuse_psf=True, **kwargs):
+def random_sam(rho=0.05, *, rate=0.5, window=50, seed=0, reuse_psf=True, **kwargs):
     """SAM on a random share of the steps, put together from parts."""
     decayed = vsam_jax.reuse.DecayedDifference(decay=0.7, reuse_steps=6)
     return vsam_jax.sharpness_aware(

@@ -336,6 +336,11 @@ class _Program:
         """As the function of that name of a jitted function."""
         return self._of(args, kwargs).trace(*args, **kwargs)
 
+    def _cache_size(self) -> int:
+        """How often it was compiled, as jitted functions have it."""
+        programs = self._driver._programs.items()
+        return sum(p._cache_size() for key, p in programs if key[0] is self._sample)
+
 
 class _Told:
     """A function that is jitted already, called with a decision around it."""

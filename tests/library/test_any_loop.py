@@ -178,15 +178,10 @@ def test_objects_of_nnx_are_updated_in_place(name, xs, traced):
         assert step.num_reads == 3
 
 
-def test_an_update_outside_of_jit_reads_its_plan_and_compiles_no_conditional(
-    xs, traced
-):
+def test_an_update_outside_of_jit_follows_the_plan(xs, traced):
     w, opt_state = start()
-    for i, x in enumerate(xs):
-        if i == 7:  # Both kinds of steps were made.
-            before = jax.jit(lambda x: x)._cache_size()
+    for x in xs:
         _, w, opt_state = plain_step(w, opt_state, x)
-    assert before == 0
     assert_same_run((w, opt_state), traced)
 
 

@@ -913,13 +913,13 @@ def test_a_switch_that_says_neither_is_refused(value, monkeypatch):
 
 
 def test_conditionals_and_builders_follow_the_variable(monkeypatch):
-    state = vsam_jax.TrainState.create(
+    state = vsam_jax.linen.TrainState.create(
         apply_fn=None, params=[jnp.ones((2, 2, 3, 3))], tx=vsam_jax.vsam(0.1)
     )
     loss_fn = lambda w, stats, batch, key: (conv_loss(w, batch), (stats, None))
 
     def found():
-        step = vsam_jax.make_train_step(loss_fn)
+        step = vsam_jax.linen.make_train_step(loss_fn)
         traced = lambda state, images: step(state, images)
         return set(orders(traced, state, jnp.ones((2, 2, 4, 4))))
 

@@ -146,11 +146,6 @@ def test_random_sam_samples_at_its_rate(rate):
     assert rate == 1 or (plans[0] != plans[1]).any()
 
 
-def test_random_sam_checks_what_it_does_not_use():
-    with pytest.raises(ValueError, match=r'decay must be .* got 5\.0'):
-        problems.random_sam(reuse_psf=False, decay=5.0)
-
-
 def test_random_sam_draws_a_new_plan_for_every_window():
     tx = problems.random_sam(0.1, rate=0.4, window=5)
     step = jax.jit(problems.make_step(tx, problems.toy_loss))

@@ -246,7 +246,7 @@ def test_several_plans_are_an_error(batches):
     tx = optimizer()
     driver = vsam_jax.PlannedStep(problems.make_step(tx))
     params, opt_state = start(tx)
-    with pytest.raises(ValueError, match=r'one VSAMState, got 2 in one of them'):
+    with pytest.raises(ValueError, match=r'one VSAMState each, got 2 in one of them'):
         driver((params, (opt_state, opt_state)), batches[0])
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), (params, opt_state))
     with pytest.raises(ValueError, match=r'one plan.*shape \(2, 6\)'):

@@ -120,7 +120,6 @@ class Builder:
             gradient = _accumulated(gradient, self.num_micro_batches, dtype)
         before = _collectives.own_copy(collections, axes)
 
-
         def one_pass(params: PyTree) -> tuple[jax.Array, PyTree, tuple[PyTree, Any]]:
             # What is not perturbed is still what all devices share.
             return gradient(_collectives.own_copy(params, axes), before, batch, key)
@@ -130,10 +129,19 @@ class Builder:
             # Sizes that were seen: over all devices the largest ones count.
             seen = _collectives.largest(grads[self.overwrites], axes)
             grads = {**grads, self.overwrites: seen}
-        arguments = {
-            'value': _collectives.mean(value, axes),
-            'value_fn': lambda p: _collectives.mean(one_pass(p)[0], axes),
-        }
+
+        def value_fn(
+            params: PyTree,
+            # A line search refuses arguments that its function does not have.
+            grad_fn: Any = None,
+            sample: Any = None,
+            axis_name: Any = None,
+            per_device: Any = None,
+        ) -> jax.Array:
+            del grad_fn, sample, axis_name, per_device
+            return _collectives.mean(one_pass(params)[0], axes)
+
+        arguments = {'value': _collectives.mean(value, axes), 'value_fn': value_fn}
         if states_in(opt_state):
             arguments |= {
                 'grad_fn': lambda p: one_pass(p)[:2],

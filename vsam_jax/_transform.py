@@ -359,7 +359,8 @@ def _pass_of(
             )
         _check_value('value', value)
         _check_value('the value that grad_fn returns', second)
-        sharpness = _numerics.widen(second) - _numerics.widen(jnp.asarray(value))
+        first, second = (_numerics.widen(jnp.asarray(x)) for x in (value, second))
+        sharpness = second - first
     _checks.same_tree(
         'the result of grad_fn',
         result,

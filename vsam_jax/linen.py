@@ -117,25 +117,25 @@ class TrainState(flax_train_state.TrainState):
         Returns:
             The state of the next step.
         """
-        told: dict[str, Any] = {}
-        if grad_fn is not None:
-            told |= {
-                'grad_fn': grad_fn,
-                'sample': sample,
-                'axis_name': axis_name,
-                'per_device': per_device,
-            }
-        if value is not None:
-            told |= {'value': value}
-        if value_fn is not None:
-            told |= {'value_fn': value_fn}
+        told = {
+            'grad_fn': grad_fn,
+            'sample': sample,
+            'axis_name': axis_name,
+            'per_device': per_device or None,
+            'value': value,
+            'value_fn': value_fn,
+        }
+        told = {name: x for name, x in told.items() if x is not None}
         if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
             whole = self.params
             of_whole = lambda p: {**whole, 'params': p}
             if grad_fn is not None:
                 told['grad_fn'] = lambda p: _of_params(grad_fn(of_whole(p)))
             if value_fn is not None:
-                told['value_fn'] = lambda p: value_fn(of_whole(p))
+                # Under its signature, at which line searches look.
+                told['value_fn'] = functools.wraps(value_fn)(
+                    lambda p, **others: value_fn(of_whole(p), **others)
+                )
             inner = self.replace(params=whole['params'])
             trained = TrainState.apply_gradients(
                 inner, grads=grads['params'], **told, **kwargs
@@ -316,7 +316,7 @@ def _updated(state: Any, begun: Begun) -> Any:
     else:
         raise TypeError(
             f'state must pass grad_fn on to the optimizer, but {type(state).__name__}'
-            ' has an apply_gradients of its own, written for Flax\'s: derive it from'
+            " has an apply_gradients of its own, written for Flax's: derive it from"
             ' vsam_jax.linen.TrainState and hand all keyword arguments on,'
             ' super().apply_gradients(grads=grads, **kwargs).'
         )
@@ -331,7 +331,7 @@ def _check_state(state: Any) -> None:
     ]
     if missing:
         raise TypeError(
-            'state must be a vsam_jax.linen.TrainState, or one of Flax\'s or your own'
+            "state must be a vsam_jax.linen.TrainState, or one of Flax's or your own"
             f' with the same fields, got {type(state).__name__} without'
             f' {", ".join(missing)}. In a loop of your own call tx.update(grads,'
             ' opt_state, params, grad_fn=...) instead.'

@@ -13,12 +13,12 @@ import vsam_jax
 from experiments.benchmark import variants
 from experiments.benchmark.problems import Problem
 
-TrainStep = Callable[..., tuple[vsam_jax.TrainState, Any]]
+TrainStep = Callable[..., tuple[vsam_jax.linen.TrainState, Any]]
 
 
 def train_step(problem: Problem) -> TrainStep:
     """``train_step(state, batch, *, sample) -> (state, loss)`` of a network."""
-    return vsam_jax.make_train_step(_loss_of(problem))
+    return vsam_jax.linen.make_train_step(_loss_of(problem))
 
 
 def train_step_by_hand(problem: Problem) -> TrainStep:
@@ -26,8 +26,8 @@ def train_step_by_hand(problem: Problem) -> TrainStep:
     gradient = jax.grad(_loss_of(problem), has_aux=True)
 
     def step(
-        state: vsam_jax.TrainState, batch: Any, *, sample: Any = None
-    ) -> tuple[vsam_jax.TrainState, Any]:
+        state: vsam_jax.linen.TrainState, batch: Any, *, sample: Any = None
+    ) -> tuple[vsam_jax.linen.TrainState, Any]:
         both = lambda params: gradient(params, state.batch_stats, batch, None)
         grads, (batch_stats, loss) = both(state.params)
         new_state = state.apply_gradients(
@@ -42,7 +42,7 @@ def train_step_by_hand(problem: Problem) -> TrainStep:
 
 
 def _loss_of(problem: Problem) -> Any:
-    """The loss of a network, as :func:`vsam_jax.make_train_step` takes it."""
+    """The loss of a network, as :func:`vsam_jax.linen.make_train_step` takes it."""
 
     def loss_fn(params: Any, batch_stats: Any, batch: Any, key: Any) -> Any:
         del key
@@ -61,13 +61,13 @@ def _loss_of(problem: Problem) -> Any:
 
 def new_state(
     problem: Problem, tx: optax.GradientTransformation
-) -> vsam_jax.TrainState:
+) -> vsam_jax.linen.TrainState:
     """The state of step 0."""
     inputs, _ = problem.batch()
     # Jitted, because op by op it would take minutes for a large network.
     init = jax.jit(lambda key, x: problem.model.init(key, x, train=True))
     variables = init(jax.random.key(0), jnp.asarray(inputs))
-    return vsam_jax.TrainState.create(
+    return vsam_jax.linen.TrainState.create(
         apply_fn=problem.model.apply,
         params=variables['params'],
         batch_stats=variables.get('batch_stats', {}),

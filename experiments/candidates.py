@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from vsam_jax.state import VSAMState
 
 import vsam_jax
-from vsam_jax import perturbation, reuse, sampling
+from vsam_jax import VSAMState, perturbation, reuse, sampling
 from vsam_jax.reuse import DecayedDifference
 
 PyTree = Any
@@ -356,9 +355,53 @@ def scheduled(
     )
 
 
+def random_sam(
+    rho: Any = 0.05,
+    *,
+    rate: float = 0.5,
+    reuse_psf: bool = True,
+    window: int = 50,
+    decay: float = 0.7,
+    reuse_steps: int = 6,
+    perturb_mask: Any = None,
+    psf_dtype: Any = None,
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """SAM on a random share of the steps, with or without reuse of the PSF.
+
+    vSAM without its controller: what its choice of the rate is measured against.
+
+    Args:
+        rho: ρ.
+        rate: the probability with which a step is sampled, in (0, 1].
+        reuse_psf: whether steps between samples reuse the PSF as
+            :func:`vsam_jax.vsam` does; False takes the plain gradient.
+        window: K, for how many steps decisions are drawn at once.
+        decay: β.
+        reuse_steps: R.
+        perturb_mask: as in :func:`vsam_jax.vsam`.
+        psf_dtype: as in :func:`vsam_jax.vsam`.
+        seed: chooses which steps are sampled.
+
+    Returns:
+        An optax transformation.
+    """
+    # Checked also where nothing is reused.
+    decayed = DecayedDifference(decay, reuse_steps)
+    return vsam_jax.sharpness_aware(
+        perturbation.l2_ascent,
+        sampling.AtRandom(rate=rate, window=window, seed=seed),
+        decayed if reuse_psf else reuse.NoReuse(),
+        rho,
+        perturb_mask=perturb_mask,
+        psf_dtype=psf_dtype,
+    )
+
+
 CANDIDATES: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     'periodic': periodic,
     'from_rate': from_rate,
     'scheduled': scheduled,
     'measured': measured,
+    'random_sam': random_sam,
 }

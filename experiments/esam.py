@@ -20,10 +20,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from vsam_jax.train_state import LossFn
 
-import vsam_jax
-from vsam_jax import convolutions
+from vsam_jax import convolutions, linen, perturbation
 
 PyTree = Any
 
@@ -54,8 +52,8 @@ class ESAM:
                     f'{name} must be a share in (0, 1], got {getattr(self, name)!r}.'
                 )
 
-    def make_step(self, loss_fn: LossFn) -> Callable[..., Any]:
-        """Builds the training step, as :func:`vsam_jax.make_train_step` does.
+    def make_step(self, loss_fn: linen.LossFn) -> Callable[..., Any]:
+        """Builds the training step, as :func:`vsam_jax.linen.make_train_step` does.
 
         Args:
             loss_fn: ``loss_fn(params, batch_stats, batch, key) -> (loss,
@@ -63,17 +61,15 @@ class ESAM:
                 examples. ``batch`` is a tree of arrays with a leading axis of them.
 
         Returns:
-            ``train_step(state, batch, *, sample=None) -> (state, aux)``. All passes
-            run BatchNorm in training mode, the last one with the statistics of the
-            chosen examples; the running statistics and ``aux`` are those of the
-            first pass. Every step is the same program, whatever ``sample`` is.
+            ``train_step(state, batch) -> (state, aux)``. All passes run BatchNorm in
+            training mode, the last one with the statistics of the chosen examples;
+            the running statistics and ``aux`` are those of the first pass.
         """
         gradient = convolutions.canonical(jax.grad(loss_fn, has_aux=True))
 
         def train_step(
-            state: vsam_jax.TrainState, batch: PyTree, *, sample: Any = None
-        ) -> tuple[vsam_jax.TrainState, Any]:
-            del sample
+            state: linen.TrainState, batch: PyTree
+        ) -> tuple[linen.TrainState, Any]:
             key = state.dropout_key
             if key is not None:
                 key = jax.random.fold_in(key, state.step)
@@ -110,8 +106,8 @@ def perturb_some(
     """The selected tensors moved by radius · g / ‖g‖₂, the norm over them alone."""
     # At the place of a zero gradient nothing moves.
     kept = jax.tree.map(lambda g, flag: jnp.where(flag, g, 0), grads, selected)
-    return vsam_jax.perturbation.perturb(
-        vsam_jax.perturbation.l2_ascent, kept, params, jnp.asarray(radius)
+    return perturbation.perturb(
+        perturbation.l2_ascent, kept, params, jnp.asarray(radius)
     )
 
 

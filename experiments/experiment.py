@@ -24,7 +24,7 @@ COLUMNS = ('loss', 'accuracy', 'sampled', 'budget', 'grad_norm', 'psf_norm')
 _EVALUATION_BATCH = 512
 
 
-class RunState(vsam_jax.TrainState):
+class RunState(vsam_jax.linen.TrainState):
     """A train state that keeps the numbers of its last steps on the device.
 
     Attributes:
@@ -241,7 +241,7 @@ def loss_of(
             with the statistics of the mini-batch, or with its running ones.
 
     Returns:
-        A loss function as :func:`vsam_jax.make_train_step` takes it.
+        A loss function as :func:`vsam_jax.linen.make_train_step` takes it.
     """
 
     # What is not used of this is not computed.
@@ -287,10 +287,8 @@ def smooth_labels(labels: jax.Array, num_classes: int, share: float) -> jax.Arra
 def _recorded(train_step: Any, has_plan: bool) -> Any:
     """The same step, which also writes a row of ``state.record``."""
 
-    def recorded_step(
-        state: RunState, batch: Any, *, sample: Any = None
-    ) -> tuple[RunState, None]:
-        new, aux = train_step(state, batch, sample=sample)
+    def recorded_step(state: RunState, batch: Any) -> tuple[RunState, None]:
+        new, aux = train_step(state, batch)
         numbers = aux | (vsam_jax.metrics(new.opt_state) if has_plan else {})
         row = [jnp.asarray(numbers.get(name, jnp.nan), jnp.float32) for name in COLUMNS]
         index = state.step % state.record.shape[0]

@@ -38,10 +38,10 @@ class Method:
 
     Attributes:
         tx: the whole optimizer.
-        programs: the values of ``sample`` that a planned run compiles programs
+        programs: the decisions (sampled or not) that a planned run compiles programs
             for; none where there is no plan (no VSAMState), as in SGD.
         make_step: builds the training step from a loss, as
-            :func:`vsam_jax.make_train_step` does; for methods that are more than
+            :func:`vsam_jax.linen.make_train_step` does; for methods that are more than
             a transformation of gradients.
         init_memory: makes what such a step keeps in ``state.memory``.
         always_samples: whether every step takes a second gradient, where there is
@@ -50,7 +50,7 @@ class Method:
 
     tx: optax.GradientTransformationExtraArgs
     programs: tuple[bool, ...]
-    make_step: Callable[[Any], Callable[..., Any]] = vsam_jax.make_train_step
+    make_step: Callable[[Any], Callable[..., Any]] = vsam_jax.linen.make_train_step
     init_memory: Callable[[], Any] = tuple
     always_samples: bool = False
 
@@ -68,7 +68,6 @@ _DIRECTIONS: dict[str, tuple[Callable[..., Any], tuple[bool, ...]]] = {
     'looksam': (vsam_jax.looksam, _BOTH),
     'vsam': (vsam_jax.vsam, _BOTH),
     'steady_vsam': (vsam_jax.steady_vsam, _BOTH),
-    'random_sam': (vsam_jax.random_sam, _BOTH),
     **{name: (function, _BOTH) for name, function in candidates.CANDIDATES.items()},
 }
 # As they are written in tables and figures.

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from vsam_jax.train_state import LossFn
 
-import vsam_jax
+from vsam_jax import linen
 
 PyTree = Any
 
@@ -81,8 +80,8 @@ class SAF:
             epoch=jnp.full(shape, -1, jnp.int32),
         )
 
-    def make_step(self, loss_fn: LossFn) -> Callable[..., Any]:
-        """Builds the training step, as :func:`vsam_jax.make_train_step` does.
+    def make_step(self, loss_fn: linen.LossFn) -> Callable[..., Any]:
+        """Builds the training step, as :func:`vsam_jax.linen.make_train_step` does.
 
         Args:
             loss_fn: ``loss_fn(params, batch_stats, batch, key) -> (loss,
@@ -90,9 +89,9 @@ class SAF:
                 mini-batch. ``batch['index']`` says which examples it holds.
 
         Returns:
-            ``train_step(state, batch, *, sample=None) -> (state, aux)`` for a state
-            with a field ``memory``, at first :meth:`init_memory`. ``aux`` is that
-            of ``loss_fn``, without the trajectory loss.
+            ``train_step(state, batch) -> (state, aux)`` for a state with a field
+            ``memory``, at first :meth:`init_memory`. ``aux`` is that of ``loss_fn``,
+            without the trajectory loss.
         """
 
         def whole_loss(params: PyTree, batch_stats: PyTree, batch: Any, key: Any, /):
@@ -103,9 +102,9 @@ class SAF:
             loss += self.weight * jnp.mean(jnp.where(takes_part, terms, 0))
             return loss, (batch_stats, aux)
 
-        train_step = vsam_jax.make_train_step(whole_loss)
+        train_step = linen.make_train_step(whole_loss)
 
-        def step(state: Any, batch: Any, *, sample: Any = None) -> tuple[Any, Any]:
+        def step(state: Any, batch: Any) -> tuple[Any, Any]:
             memory, index = state.memory, batch['index']
             epoch = state.step // self.steps_per_epoch
             row = epoch % self.lag
@@ -114,7 +113,7 @@ class SAF:
             right = memory.epoch[row, index] == epoch - self.lag
             takes_part = right & (epoch >= self.start)
             old = memory.logits[row, index]
-            new, aux = train_step(state, (batch, old, takes_part), sample=sample)
+            new, aux = train_step(state, (batch, old, takes_part))
             logits = aux['logits'].astype(memory.logits.dtype)
             memory = Trajectory(
                 logits=memory.logits.at[row, index].set(logits),

@@ -97,7 +97,7 @@ def _loss(gather: Callable[[jax.Array], jax.Array], layers: Any, batch: Any) -> 
 def _train_step(tx: Any, loss: Callable[..., Any]) -> Callable[..., Any]:
     tx = optax.with_extra_args_support(tx)
 
-    def step(state: Any, batch: Any, *, sample: bool | None) -> Any:
+    def step(state: Any, batch: Any) -> Any:
         params, opt_state = state
         gradient = jax.grad(loss)
         updates, opt_state = tx.update(
@@ -105,7 +105,6 @@ def _train_step(tx: Any, loss: Callable[..., Any]) -> Callable[..., Any]:
             opt_state,
             params,
             grad_fn=lambda p: gradient(p, batch),
-            sample=sample,
         )
         return optax.apply_updates(params, updates), opt_state
 
@@ -146,14 +145,17 @@ def measure(
     for name in STEPS:
         tx = base if name == 'base' else optax.chain(vsam, base)
         state = jax.eval_shape(lambda w, tx=tx: (w, tx.init(w)), layers)
-        shardings = vsam_jax.state_shardings(state, layers)
+        shardings = vsam_jax.sharding.state_shardings(state, layers)
         state = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
             state,
             shardings,
         )
-        step = functools.partial(_train_step(tx, loss), sample=name == 'sampled')
-        program = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+        # The base optimizer's state is donated too, though no method stands in it.
+        step = vsam_jax.PlannedStep(
+            _train_step(tx, loss), donate_argnums=0, out_shardings=shardings
+        )
+        program = step.program(name == 'sampled')
         executable = program.lower(state, batch).compile()
         found[name] = {
             'memory': memory(executable),

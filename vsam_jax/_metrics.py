@@ -28,8 +28,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
           warm-up, in which all are).
         - ``sampled``: whether the latest update took a second gradient.
         - ``grad_norm``, ``psf_norm``: ‖g‖ and ‖s‖ of the latest usable sample.
-        - ``sharpness``: L(w + ε) − L(w) of that sample; NaN until it is known, which takes
-          a builder, or ``value`` in ``update`` (:func:`vsam_jax.vsam`).
+        - ``sharpness``: L(w + ε) − L(w) of that sample; NaN until it is known, which
+          takes a builder, or ``value`` in ``update`` (:func:`vsam_jax.vsam`).
         - ``psf_age``: how many updates ago that was; before there was one, more than
           the updates made, in methods whose reuse ends.
         - ``num_samples``: how many updates took a second gradient.

@@ -31,8 +31,8 @@ class Begun(NamedTuple):
 
     Attributes:
         grads: the gradient, what the optimizer wants.
-        arguments: for ``tx.update``, by name: the loss, for optimizers that want it, and
-            what a method wants, where one stands in the state.
+        arguments: for ``tx.update``, by name: the loss, for optimizers that want it,
+            and what a method wants, where one stands in the state.
         collections: whatever the forward pass updates, such as running statistics.
         aux: anything else that the loss function returned.
     """

@@ -137,7 +137,7 @@ class TrainState(flax_train_state.TrainState):
                     lambda p, **others: value_fn(of_whole(p), **others)
                 )
             inner = self.replace(params=whole['params'])
-            trained = TrainState.apply_gradients(
+            trained: Any = TrainState.apply_gradients(
                 inner, grads=grads['params'], **told, **kwargs
             )
             return trained.replace(params={**grads, 'params': trained.params})

@@ -9,25 +9,40 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import vsam_jax
 from experiments.benchmark import variants
 from experiments.benchmark.problems import Problem
+from vsam_jax import convolutions, linen
 
-TrainStep = Callable[..., tuple[vsam_jax.TrainState, Any]]
+TrainStep = Callable[..., tuple[linen.TrainState, Any]]
 
 
 def train_step(problem: Problem) -> TrainStep:
     """``train_step(state, batch, *, sample) -> (state, loss)`` of a network."""
-    return vsam_jax.make_train_step(_loss_of(problem))
+    built = linen.make_train_step(_loss_of(problem))
+    # Builders take a second gradient for the methods of vsam_jax alone.
+    gradient = convolutions.canonical(jax.grad(_loss_of(problem), has_aux=True))
+    for_peers = _written(gradient)
+
+    def step(
+        state: linen.TrainState, batch: Any, *, sample: Any = None
+    ) -> tuple[linen.TrainState, Any]:
+        chosen = for_peers if variants.is_peer(state.opt_state) else built
+        return chosen(state, batch, sample=sample)
+
+    return step
 
 
 def train_step_by_hand(problem: Problem) -> TrainStep:
     """The same without a builder: its convolutions are those that JAX makes."""
-    gradient = jax.grad(_loss_of(problem), has_aux=True)
+    return _written(jax.grad(_loss_of(problem), has_aux=True))
+
+
+def _written(gradient: Any) -> TrainStep:
+    """A step with a gradient of the parameters, which has the loss besides."""
 
     def step(
-        state: vsam_jax.TrainState, batch: Any, *, sample: Any = None
-    ) -> tuple[vsam_jax.TrainState, Any]:
+        state: linen.TrainState, batch: Any, *, sample: Any = None
+    ) -> tuple[linen.TrainState, Any]:
         both = lambda params: gradient(params, state.batch_stats, batch, None)
         grads, (batch_stats, loss) = both(state.params)
         new_state = state.apply_gradients(
@@ -42,7 +57,7 @@ def train_step_by_hand(problem: Problem) -> TrainStep:
 
 
 def _loss_of(problem: Problem) -> Any:
-    """The loss of a network, as :func:`vsam_jax.make_train_step` takes it."""
+    """The loss of a network, as :func:`vsam_jax.linen.make_train_step` takes it."""
 
     def loss_fn(params: Any, batch_stats: Any, batch: Any, key: Any) -> Any:
         del key
@@ -59,15 +74,13 @@ def _loss_of(problem: Problem) -> Any:
     return loss_fn
 
 
-def new_state(
-    problem: Problem, tx: optax.GradientTransformation
-) -> vsam_jax.TrainState:
+def new_state(problem: Problem, tx: optax.GradientTransformation) -> linen.TrainState:
     """The state of step 0."""
     inputs, _ = problem.batch()
     # Jitted, because op by op it would take minutes for a large network.
     init = jax.jit(lambda key, x: problem.model.init(key, x, train=True))
     variables = init(jax.random.key(0), jnp.asarray(inputs))
-    return vsam_jax.TrainState.create(
+    return linen.TrainState.create(
         apply_fn=problem.model.apply,
         params=variables['params'],
         batch_stats=variables.get('batch_stats', {}),

@@ -62,6 +62,12 @@ def optax_sam(name: str, opaque: bool) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(sam.init, update)  # pyright: ignore[reportArgumentType]
 
 
+class Stored(NamedTuple):
+    """State of :func:`storing_sam`."""
+
+    psf: Any
+
+
 def storing_sam(name: str) -> optax.GradientTransformation:
     """SAM that stores the PSF, unless it is not finite: the least a sample can do.
 
@@ -69,22 +75,28 @@ def storing_sam(name: str) -> optax.GradientTransformation:
     the price of having a PSF to reuse.
     """
 
-    def init(params: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, params)
+    def init(params: Any) -> Stored:
+        return Stored(jax.tree.map(jnp.zeros_like, params))
 
     def update(
-        grads: Any, older: Any, params: Any, *, grad_fn: Any, **_: Any
-    ) -> tuple[Any, Any]:
+        grads: Any, older: Stored, params: Any, *, grad_fn: Any, **_: Any
+    ) -> tuple[Any, Stored]:
         radius = jnp.asarray(RHO)
         perturbed = perturbation.perturb(perturbation.l2_ascent, grads, params, radius)
         sam_grads = grad_fn(perturbed)
         psf = optax.tree.sub(sam_grads, grads)
         finite = jnp.isfinite(optax.tree.norm(psf))
         keep = functools.partial(jnp.where, finite)
-        return sam_grads, jax.tree.map(keep, psf, older)
+        return sam_grads, Stored(jax.tree.map(keep, psf, older.psf))
 
     storing = optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
     return optax.chain(storing, base(name))
+
+
+def is_peer(opt_state: Any) -> bool:
+    """Whether it is the state of a peer that takes a second gradient."""
+    names = ('SAMState', 'Stored')
+    return any(optax.tree.get(opt_state, name) is not None for name in names)
 
 
 def vsam(name: str, **settings: Any) -> optax.GradientTransformation:

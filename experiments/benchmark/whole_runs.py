@@ -57,7 +57,7 @@ class _Run:
         return self.state
 
     def num_samples(self) -> int:
-        return int(vsam_jax.find_state(self.state).num_samples)
+        return int(optax.tree.get(self.state, 'num_samples'))
 
 
 def measure(
@@ -87,7 +87,7 @@ def measure(
         jax_steps.Session(problem, variants.base(problem.base)),
         variants.VARIANTS[variants.BASE],
     )
-    window = vsam_jax.find_state(run.state).plan.size
+    window = optax.tree.get(run.state, 'plan').size
     chunk = math.ceil(chunk / window) * window
     # To wait for the last of a few steps costs an accelerator a part of a step; a CPU,
     # where a chunk takes a minute, nothing to speak of.

@@ -372,7 +372,7 @@ def test_a_large_tree_is_not_dumped():
             other, vsam_jax.vsam().init(layers), other, grad_fn=lambda p: p
         ),
     ):
-        with pytest.raises(ValueError, match='layer_7|more') as caught:
+        with pytest.raises(ValueError, match=r'layer_7|more') as caught:
             call()
         assert len(str(caught.value)) < 250
 
@@ -434,7 +434,7 @@ def test_early_stopping_keeps_a_copy_as_the_documents_say():
         if float(loss) < lowest:
             best, lowest = jax.tree.map(jnp.copy, state), float(loss)
     assert best is not None
-    again, loss = step(best, (X, Y))
+    _, loss = step(best, (X, Y))
     assert float(loss) <= lowest
 
 

@@ -114,8 +114,9 @@ def make_step(tx: optax.GradientTransformation, loss: Any = mlp_loss):
             grads,
             opt_state,
             params,
-            grad_fn=lambda p: jax.grad(loss)(p, batch),
+            grad_fn=lambda p: jax.value_and_grad(loss)(p, batch),
             sample=sample,
+            value=value,
         )
         return (optax.apply_updates(params, updates), opt_state), value
 

@@ -9,6 +9,7 @@ A framework calls :meth:`Builder.begin`, gives the gradients to its optimizer wi
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsam_jax import _checks, _collectives, _numerics, convolutions
+from vsam_jax import _checks, _collectives, _numerics, _portions, convolutions
 from vsam_jax._state import is_accumulated, is_state, states_in
 from vsam_jax._types import DTypeLike, PyTree
 
@@ -51,6 +52,7 @@ class Builder:
         num_micro_batches: into how many parts each pass cuts the mini-batch.
         axis_name: the mapped axis over the devices, see :func:`vsam_jax.vsam`.
         per_device: whether each device has its own perturbation.
+        psf_share: which share of the mini-batch the second gradient is taken on, 1/k.
         overwrites: the name of a collection among the parameters whose "gradients"
             take the place of its values; None if there is none.
     """
@@ -58,6 +60,7 @@ class Builder:
     num_micro_batches: int
     axis_name: _collectives.AxisName
     per_device: bool
+    psf_share: float = 1
     overwrites: str | None = None
 
     def __post_init__(self):
@@ -68,6 +71,7 @@ class Builder:
             axis_name=_checks.axis_name('axis_name', self.axis_name),
             per_device=_checks.flag('per_device', self.per_device),
         )
+        _portions.parts_of(self.psf_share)
         if self.per_device and not self.axis_name:
             raise ValueError(
                 f'per_device must be False where axis_name is {self.axis_name!r}, got'
@@ -112,15 +116,10 @@ class Builder:
         _check_accumulation(opt_state)
         _collectives.check_told(self.axis_name, (), ())
         axes = self.axes
-        gradient = convolutions.canonical(self._gradient(loss_fn, dynamic_scale))
-        if self.num_micro_batches > 1:
-            # A gradient that a loss scale was divided out of is float32, because a
-            # narrower dtype may not hold it.
-            dtype = None if dynamic_scale is None else jnp.float32
-            gradient = _accumulated(gradient, self.num_micro_batches, dtype)
         before = _collectives.own_copy(collections, axes)
+        whole, sliced = self._gradients(loss_fn, dynamic_scale)
 
-        def one_pass(params: PyTree) -> tuple[jax.Array, PyTree, tuple[PyTree, Any]]:
+        def one_pass(params: PyTree, gradient: Gradient = whole) -> Any:
             # What is not perturbed is still what all devices share.
             return gradient(_collectives.own_copy(params, axes), before, batch, key)
 
@@ -137,14 +136,16 @@ class Builder:
             sample: Any = None,
             axis_name: Any = None,
             per_device: Any = None,
+            psf_grad_fn: Any = None,
         ) -> jax.Array:
-            del grad_fn, sample, axis_name, per_device
+            del grad_fn, sample, axis_name, per_device, psf_grad_fn
             return _collectives.mean(one_pass(params)[0], axes)
 
         arguments = {'value': _collectives.mean(value, axes), 'value_fn': value_fn}
         if states_in(opt_state):
+            second_pass = lambda p: one_pass(p, sliced or whole)[:2]
             arguments |= {
-                'grad_fn': lambda p: one_pass(p)[:2],
+                'grad_fn' if sliced is None else 'psf_grad_fn': second_pass,
                 'sample': sample,
                 'axis_name': self.axis_name,
                 'per_device': self.per_device,
@@ -197,6 +198,32 @@ class Builder:
         """Whether there is a collection of what takes the place of parameters."""
         return isinstance(grads, Mapping) and self.overwrites in grads
 
+    def _gradients(
+        self, loss_fn: LossFn, dynamic_scale: Any
+    ) -> tuple[Gradient, Gradient | None]:
+        """Of the whole mini-batch, and of a slice of it (None if that is all of it)."""
+        one = convolutions.canonical(self._gradient(loss_fn, dynamic_scale))
+        # A gradient that a loss scale was divided out of is float32, because a
+        # narrower dtype may not hold it.
+        dtype = None if dynamic_scale is None else jnp.float32
+        number, parts = self.num_micro_batches, _portions.parts_of(self.psf_share)
+        accumulate = functools.partial(_accumulated, one, dtype=dtype)
+        whole = one if number == 1 else accumulate(number)
+        if parts == 1:
+            return whole, None
+        if number >= parts and number % parts == 0:
+            # Whole micro-batches, with the masks that they have in the first pass.
+            return whole, accumulate(number, every=parts)
+        # No more examples at a time than in the first pass.
+        at_a_time = -(-number // parts)
+        of_slice = one if at_a_time == 1 else accumulate(at_a_time)
+
+        def sliced(params: PyTree, collections: PyTree, batch: Any, key: Any) -> Any:
+            batch = _portions.slice_of(batch, parts)
+            return of_slice(params, collections, batch, key)
+
+        return whole, sliced
+
     def _gradient(self, loss_fn: LossFn, dynamic_scale: Any) -> Gradient:
         unscaled = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -234,12 +261,14 @@ def _check_accumulation(opt_state: PyTree) -> None:
 
 
 def _accumulated(
-    gradient: Gradient, num_micro_batches: int, dtype: DTypeLike
+    gradient: Gradient, num_micro_batches: int, dtype: DTypeLike, every: int = 1
 ) -> Gradient:
     """The mean gradient over micro-batches, one after the other.
 
-    Its dtype is ``dtype``, or with None that of each parameter.
+    Its dtype is ``dtype``, or with None that of each parameter. Of the micro-batches
+    it takes all, or one of ``every`` so many.
     """
+    number = num_micro_batches // every
 
     def split(x: jax.Array) -> jax.Array:
         if not jnp.shape(x) or x.shape[0] % num_micro_batches:
@@ -266,9 +295,12 @@ def _accumulated(
         (total, collections), (values, aux) = jax.lax.scan(
             add,
             (zeros, collections),
-            (jnp.arange(num_micro_batches), jax.tree.map(split, batch)),
+            (
+                jnp.arange(0, num_micro_batches, every),
+                jax.tree.map(lambda x: split(x)[::every], batch),
+            ),
         )
-        mean = optax.tree.scale(1 / num_micro_batches, total)
+        mean = optax.tree.scale(1 / number, total)
         cast = lambda m, p: m.astype(dtype or p.dtype)
         grads = jax.tree.map(cast, mean, params)
         return values.mean(), grads, (collections, aux)

@@ -8,7 +8,6 @@ an optax transformation; it knows none of them by name.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -158,13 +157,16 @@ class _Method:
         axis_name: _collectives.AxisName = None,
         per_device: bool = False,
         value: Any = None,
+        psf_grad_fn: GradFn | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, VSAMState]:
         """The direction and the next state, see :func:`vsam_jax.vsam`."""
         del extra_args
         axes = _collectives.axes_of(axis_name)
         _check_per_device(per_device, axis_name)
-        _check_update(updates, state, params, grad_fn, sample)
+        self._check_slice(psf_grad_fn)
+        second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
+        _check_update(updates, state, params, second_fn, sample)
         _collectives.check_told(axis_name, updates, params)
         _collectives.check_own('updates', updates, axes)
         sample = _decision.resolve(sample, state, always=self.sampling.always)
@@ -173,16 +175,14 @@ class _Method:
         grads = _collectives.mean(updates, axes)
 
         def sampled() -> _Outcome:
-            assert grad_fn is not None
-            second = self._second_pass(
-                updates if per_device else grads,
-                params,
-                functools.partial(_pass_of, grad_fn, updates, value),
-                state.step,
-                axes,
-            )
-            sharpness, sam_grads = _collectives.mean(second, axes)
-            return self._accept(grads, sam_grads, sharpness, state, params, sample)
+            assert second_fn is not None
+            own = _collectives.own_copy(params, axes)
+            first = _Pass(value, updates)
+            if psf_grad_fn is not None:
+                first = _pass_of(psf_grad_fn, updates, own)
+            two = self._two_passes(first, second_fn, own, state.step, axes, per_device)
+            is_slice = psf_grad_fn is not None
+            return self._accept(grads, two, state, params, sample, is_slice)
 
         def unsampled() -> _Outcome:
             return self._recall(grads, state)
@@ -204,70 +204,88 @@ class _Method:
             outcome = outcome._replace(memory=kept)
         return direction, self._advance(state, outcome, taken)
 
-    def _second_pass(
+    def _two_passes(
         self,
-        grads: PyTree,
+        first: '_Pass',
+        grad_fn: GradFn,
         params: PyTree,
-        grad_fn: Callable[[PyTree], tuple[jax.Array, PyTree]],
         step: jax.Array,
         axes: _collectives.Axes,
-    ) -> tuple[jax.Array, PyTree]:
-        """L(w + ε) − L(w) and ∇L(w + ε), each device's own.
+        per_device: bool,
+    ) -> '_Sample':
+        """The second pass over the examples of the first one, and what both give.
 
-        At ρ = 0 the gradient is ``grads``, to the bit.
+        Args:
+            first: each device's own first pass.
+            grad_fn: takes another one.
+            params: w, each device's own copy.
+            step: the number of updates made.
+            axes: to average over.
+            per_device: whether ε is of each device's own gradient.
+
+        Returns:
+            The means over all devices. At ρ = 0 both gradients are the same bits.
         """
-        dtype = _numerics.statistics_dtype(params)
         radius = self.rho(step) if callable(self.rho) else self.rho
-        radius = jnp.asarray(radius, dtype)
-        sharpness, sam_grads = grad_fn(
-            perturbations.perturb(
-                self.perturbation,
-                grads,
-                _collectives.own_copy(params, axes),
-                radius,
-                _checks.resolve_mask('perturb_mask', self.perturb_mask, params),
-            )
+        radius = jnp.asarray(radius, _numerics.statistics_dtype(params))
+        grads = _collectives.mean(first.grads, axes)
+        mask = _checks.resolve_mask('perturb_mask', self.perturb_mask, params)
+        ascent = first.grads if per_device else grads
+        second = _pass_of(
+            grad_fn,
+            first.grads,
+            perturbations.perturb(self.perturbation, ascent, params, radius, mask),
         )
         # The second pass may round differently from the first.
         at_zero = lambda g, g_sam: jnp.where(radius == 0, g, g_sam)
-        sam_grads = jax.tree.map(at_zero, grads, sam_grads)
-        return jnp.where(radius == 0, sharpness * 0, sharpness), sam_grads
+        sam_grads = jax.tree.map(at_zero, first.grads, second.grads)
+        rise = _rise(first.value, second.value)
+        return _Sample(
+            grads=grads,
+            sam_grads=_collectives.mean(sam_grads, axes),
+            sharpness=_collectives.mean(jnp.where(radius == 0, 0 * rise, rise), axes),
+        )
 
     def _accept(
         self,
         grads: PyTree,
-        sam_grads: PyTree,
-        sharpness: jax.Array,
+        two: '_Sample',
         state: VSAMState,
         params: PyTree,
         sample: bool | jax.Array,
+        is_slice: bool,
     ) -> _Outcome:
         """What a sample leaves behind: nothing, if it is not finite."""
         dtype = state.budget.dtype
-        memory, weights = self.reuse.remember(grads, sam_grads, state.psf)
+        psf = reuses.psf_of(two.grads, two.sam_grads)
+        first, second = two.grads, two.sam_grads
+        if is_slice and not self._stores(state):
+            # What stores no difference makes the direction of g_SAM: here g + s.
+            first = grads
+            second = jax.tree.map(
+                lambda g, s: _numerics.add_scaled(g, 1, s), grads, psf
+            )
+        memory, weights = self.reuse.remember(first, second, state.psf)
         measured = _checks.resolve_mask('stats_mask', self.stats_mask, params)
         norm = lambda tree: _numerics.wide_norm(
             perturbations.select(tree, measured), dtype
         )
-        grad_norm = norm(grads)
-        psf_norm = norm(reuses.psf_of(grads, sam_grads))
+        grad_norm, psf_norm = norm(grads), norm(psf)
+        own_norm = norm(two.grads) if is_slice else grad_norm
         # The norm of the memory sees tensors that stats_mask leaves out, and
         # numbers that overflow in a narrow psf_dtype.
-        accepted = (
-            jnp.isfinite(grad_norm)
-            & jnp.isfinite(psf_norm)
-            & jnp.isfinite(_numerics.wide_norm(memory, dtype))
-        )
+        norms = [grad_norm, own_norm, psf_norm, _numerics.wide_norm(memory, dtype)]
+        accepted = jnp.isfinite(jnp.stack(norms)).all()
         # Decisions are not differentiated: they are piecewise constant, and the
         # derivative of a norm at zero is not finite.
-        grad_norm, psf_norm, sharpness = jax.lax.stop_gradient(
-            (grad_norm, psf_norm, sharpness.astype(dtype))
+        grad_norm, own_norm, psf_norm, sharpness = jax.lax.stop_gradient(
+            (grad_norm, own_norm, psf_norm, two.sharpness.astype(dtype))
         )
         if self._stores(state) and sample is not True:
             # Inside the branch, so that it is written where the older one was:
             # a conditional copies what is needed after it as it was before.
             memory = _kept(accepted, memory, state.psf)
-        observed = self.sampling.observe(state.rings, grad_norm, psf_norm)
+        observed = self.sampling.observe(state.rings, own_norm, psf_norm)
         return _Outcome(
             memory=memory,
             weights=weights,
@@ -328,6 +346,15 @@ class _Method:
             num_rejected=state.num_rejected + rejected.astype(jnp.int32),
         )
 
+    def _check_slice(self, psf_grad_fn: GradFn | None) -> None:
+        if psf_grad_fn is not None and not getattr(self.reuse, 'takes_slices', True):
+            raise ValueError(
+                f'psf_grad_fn must not be given to {type(self.reuse).__name__}'
+                ' (looksam), whose memory is the part of g_SAM orthogonal to g: where'
+                ' the two are gradients of different examples it says nothing. Leave it'
+                ' out (psf_share=1), or take steady_vsam.'
+            )
+
     def _stores(self, state: VSAMState) -> bool:
         return state.psf is not None
 
@@ -337,38 +364,52 @@ def _kept(accepted: jax.Array, new: PyTree, older: PyTree) -> PyTree:
     return jax.tree.map(functools.partial(jnp.where, accepted), new, older)
 
 
-def _pass_of(
-    grad_fn: GradFn, updates: PyTree, value: Any, params: PyTree
-) -> tuple[jax.Array, PyTree]:
-    """L(w + ε) − L(w), NaN where it is not known, and the gradient there."""
-    result = grad_fn(params)
-    structure = jax.tree.structure(updates)
-    sharpness = jnp.full((), jnp.nan)
-    is_pair = isinstance(result, tuple) and len(result) == 2
-    if (
-        is_pair
-        and jax.tree.structure(result) != structure
-        and jax.tree.structure(result[1]) == structure
-    ):
-        second, result = result
-        if value is None:
-            raise ValueError(
-                'value must be the loss of the first pass where grad_fn returns'
-                ' (value, gradient), got None: pass value=loss, or return the gradient'
-                ' alone, as jax.grad does where jax.value_and_grad does not.'
-            )
-        _check_value('value', value)
-        _check_value('the value that grad_fn returns', second)
-        first, second = (_numerics.widen(jnp.asarray(x)) for x in (value, second))
-        sharpness = second - first
+class _Pass(NamedTuple):
+    """One pass over some examples: the loss, None where nobody gives it, and ∇L."""
+
+    value: Any
+    grads: PyTree
+
+
+class _Sample(NamedTuple):
+    """∇L(w), ∇L(w + ε) and L(w + ε) − L(w) of the same examples, means over devices."""
+
+    grads: PyTree
+    sam_grads: PyTree
+    sharpness: jax.Array
+
+
+def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
+    """Calls ``grad_fn``, whose gradient looks like ``like``."""
+    value, grads, structure = None, grad_fn(params), jax.tree.structure(like)
+    if isinstance(grads, tuple) and len(grads) == 2:
+        is_gradient = jax.tree.structure(grads) == structure
+        if not is_gradient and jax.tree.structure(grads[1]) == structure:
+            value, grads = grads
     _checks.same_tree(
         'the result of grad_fn',
-        result,
+        grads,
         'the gradient passed to update',
-        updates,
+        like,
         dtypes=True,
     )
-    return sharpness, result
+    return _Pass(value, grads)
+
+
+def _rise(first: Any, second: Any) -> jax.Array:
+    """L(w + ε) − L(w), NaN where it is not known."""
+    if second is None:
+        return jnp.full((), jnp.nan)
+    if first is None:
+        raise ValueError(
+            'value must be the loss of the first pass where grad_fn returns'
+            ' (value, gradient), got None: pass value=loss, or return the gradient'
+            ' alone, as jax.grad does where jax.value_and_grad does not.'
+        )
+    _check_value('value', first)
+    _check_value('the value that grad_fn returns', second)
+    first, second = (_numerics.widen(jnp.asarray(x)) for x in (first, second))
+    return second - first
 
 
 def _check_value(name: str, value: Any) -> None:

@@ -95,6 +95,7 @@ class TrainState(flax_train_state.TrainState):
         per_device: bool = False,
         value: Any = None,
         value_fn: Callable[[PyTree], jax.Array] | None = None,
+        psf_grad_fn: Callable[[PyTree], PyTree] | None = None,
         **kwargs: Any,
     ) -> Self:
         """One update, as in flax, with the arguments of a sharpness-aware one.
@@ -112,6 +113,8 @@ class TrainState(flax_train_state.TrainState):
             value: the loss, for optimizers that want it.
             value_fn: maps parameters to the loss of the same mini-batch, for line
                 searches.
+            psf_grad_fn: as ``grad_fn``, of a part of the mini-batch, see
+                :func:`vsam_jax.vsam`.
             **kwargs: fields to replace, such as ``batch_stats``.
 
         Returns:
@@ -124,6 +127,7 @@ class TrainState(flax_train_state.TrainState):
             'per_device': per_device or None,
             'value': value,
             'value_fn': value_fn,
+            'psf_grad_fn': psf_grad_fn,
         }
         told = {name: x for name, x in told.items() if x is not None}
         if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
@@ -131,6 +135,8 @@ class TrainState(flax_train_state.TrainState):
             of_whole = lambda p: {**whole, 'params': p}
             if grad_fn is not None:
                 told['grad_fn'] = lambda p: _of_params(grad_fn(of_whole(p)))
+            if psf_grad_fn is not None:
+                told['psf_grad_fn'] = lambda p: _of_params(psf_grad_fn(of_whole(p)))
             if value_fn is not None:
                 # Under its signature, at which line searches look.
                 told['value_fn'] = functools.wraps(value_fn)(
@@ -181,6 +187,7 @@ def make_train_step(
     num_micro_batches: int = 1,
     axis_name: _collectives.AxisName = None,
     per_device: bool = False,
+    psf_share: float = 1,
 ) -> Callable[..., tuple[TrainState, Any]]:
     """Builds the training step of a loss that is written once.
 
@@ -209,6 +216,18 @@ def make_train_step(
             model of its own.
         per_device: only with ``axis_name``: whether each device has a perturbation of
             its own, see :func:`vsam_jax.vsam`.
+        psf_share: the share of the mini-batch on which a sampled step measures the
+            PSF, 1/k: every k-th example of each array's leading axis. At 1/8 a sampled
+            step costs two gradients of an eighth of the mini-batch more than one of the
+            base optimizer, instead of one of the whole. 1 takes the whole mini-batch.
+            See *From a slice of the mini-batch* in :func:`vsam_jax.vsam`. k must divide
+            the leading axes, on several devices each device's share of them: on meshes
+            with Explicit axes and under ``axis_name`` that is checked, on Auto ones a
+            share that does not divide moves examples between devices. BatchNorm
+            normalizes with the slice's statistics in both of its passes, and leaves the
+            running ones alone. With ``num_micro_batches`` the slice is every k-th
+            micro-batch, where k divides their number, and never more examples at a time
+            than one micro-batch has.
 
     Returns:
         ``train_step(state, batch, *, sample=None) -> (state, aux)``, pure and not
@@ -252,7 +271,11 @@ def make_train_step(
         (3, ())
     """
     builder = Builder(
-        num_micro_batches, axis_name, per_device, overwrites=OVERWRITE_WITH_GRADIENT
+        num_micro_batches,
+        axis_name,
+        per_device,
+        psf_share,
+        overwrites=OVERWRITE_WITH_GRADIENT,
     )
 
     def train_step(

@@ -165,6 +165,7 @@ def make_train_step(
     num_micro_batches: int = 1,
     axis_name: _collectives.AxisName = None,
     per_device: bool = False,
+    psf_share: float = 1,
 ) -> Callable[..., Any]:
     """Builds the training step of an NNX model from a loss that is written once.
 
@@ -181,6 +182,8 @@ def make_train_step(
             streams of random numbers differ between the devices.
         per_device: only with ``axis_name``: whether each device has a perturbation of
             its own, see :func:`vsam_jax.vsam`.
+        psf_share: the share of the mini-batch on which a sampled step measures the
+            PSF, as in :func:`vsam_jax.linen.make_train_step`.
 
     Returns:
         ``train_step(model, optimizer, batch, *, sample=None) -> aux``, not jitted.
@@ -220,7 +223,7 @@ def make_train_step(
         >>> int(optimizer.step[...]), metrics['loss'].shape
         (3, ())
     """
-    builder = Builder(num_micro_batches, axis_name, per_device)
+    builder = Builder(num_micro_batches, axis_name, per_device, psf_share)
 
     def train_step(
         model: Any, optimizer: nnx.Optimizer, batch: Any, *, sample: Any = None

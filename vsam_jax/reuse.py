@@ -7,7 +7,7 @@ pass through the branches of a conditional; the direction is formed outside.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -251,6 +251,8 @@ class RescaledOrthogonal:
     """
 
     gain: float
+    # Its memory is made of g and g_SAM of the same examples.
+    takes_slices: ClassVar[bool] = False
 
     def __post_init__(self):
         _checks.assign(self, gain=_checks.real('gain', self.gain))

@@ -20,7 +20,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
-from vsam_jax._state import only_state
 from tests import problems, processes
 from tests.library.sharded_runs import (
     LAYOUTS,
@@ -31,8 +30,9 @@ from tests.library.sharded_runs import (
     mapped_step,
     optimizer,
     own_step,
+    radius,
 )
-from vsam_jax._state import states_in
+from vsam_jax._state import only_state, states_in
 
 
 def first_state(tx: optax.GradientTransformation) -> tuple[Any, Any]:
@@ -61,6 +61,21 @@ def assert_same_run(
 ) -> None:
     assert run[1] == other[1]
     problems.assert_close(run[0], other[0], atol=tolerance, rtol=10 * tolerance)
+
+
+def shares(batch: Any) -> Any:
+    """A mini-batch cut into the shares of eight devices."""
+    return jax.tree.map(lambda a: a.reshape(8, -1, *a.shape[1:]), batch)
+
+
+def assert_same_bits_everywhere(tree: Any) -> None:
+    """Whether eight devices hold the same, looked at one by one."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    for leaf in jax.tree.leaves(tree):
+        leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
+        copies = {np.asarray(s.data).tobytes() for s in leaf.addressable_shards}
+        assert len(leaf.addressable_shards) == 8
+        assert len(copies) == 1
 
 
 def array_types(tree: Any) -> Any:
@@ -116,7 +131,7 @@ def test_a_sharded_run_is_the_run_on_one_device(method, planned, layout, axis_ty
             assert s.sharding.is_equivalent_to(NamedSharding(mesh, spec), s.ndim)
     for leaf in jax.tree.leaves(inner._replace(psf=None)):
         assert leaf.sharding.is_fully_replicated
-    programs = [step.program(True), step.program(False)] if planned else [step]
+    programs = step._programs.values() if planned else [step]
     assert all(program._cache_size() <= 1 for program in programs)
     assert_same_run((state, sampled), on_one_device(method))
 
@@ -173,7 +188,7 @@ def test_parameters_without_a_mesh_have_no_shardings_to_follow():
 def by_hand(method: str) -> tuple[Any, list[bool]]:
     """One perturbation per device, on one device: the mean second gradient is
     formed by the gradient function, from each share's own gradient."""
-    tx = optimizer(method)
+    tx, rho = optimizer(method), radius(method)
 
     @jax.jit
     def step(state, batch):
@@ -183,13 +198,13 @@ def by_hand(method: str) -> tuple[Any, list[bool]]:
 
         def second(share):
             g = gradient(params, share)
-            if method == 'asam':
+            if method.startswith('asam'):
                 t = jax.tree.map(lambda w: jnp.abs(w) + 0.01, params)
                 norm = optax.tree.norm(jax.tree.map(jnp.multiply, t, g))
-                ascent = jax.tree.map(lambda t, g: 0.5 * t**2 * g / norm, t, g)
+                ascent = jax.tree.map(lambda t, g: rho * t**2 * g / norm, t, g)
             else:
                 norm = optax.tree.norm(g)
-                ascent = jax.tree.map(lambda g: 0.1 * g / norm, g)
+                ascent = jax.tree.map(lambda g: rho * g / norm, g)
             return gradient(jax.tree.map(jnp.add, params, ascent), share)
 
         mean_second = jax.tree.map(lambda g: g.mean(0), jax.vmap(second)(shares))
@@ -205,18 +220,16 @@ def by_hand(method: str) -> tuple[Any, list[bool]]:
     ('method', 'planned', 'per_device'),
     [
         ('vsam', True, False),
-        ('vsam', False, False),
         ('vsam', True, True),
-        ('vsam', False, True),
-        ('asam', False, True),
-        ('looksam', False, True),
+        *itertools.product(METHODS, [False], [False, True]),
     ],
 )
 @pytest.mark.usefixtures('x64')
 def test_devices_share_a_perturbation_or_have_one_each(method, planned, per_device):
-    tx = optimizer(method, axis_name='data', per_device=per_device)
+    tx = optimizer(method)
+    step = mapped_step(tx, axis_name='data', per_device=per_device)
     # That shard_map accepts out_specs=P() proves the state to be the same on all.
-    run = train(driver(mapped_step(tx), planned), first_state(tx), batches())
+    run = train(driver(step, planned), first_state(tx), batches())
     assert_same_run(run, by_hand(method) if per_device else on_one_device(method))
 
 
@@ -228,13 +241,10 @@ def test_the_two_choices_differ():
 
 @pytest.mark.usefixtures('x64')
 def test_without_vma_checks_all_devices_hold_the_same_bits():
-    tx = optimizer('vsam', axis_name='data', per_device=True)
-    step = jax.jit(mapped_step(tx, axes=None, check_vma=False))
-    run = train(step, first_state(tx), batches())
-    for leaf in jax.tree.leaves(run[0]):
-        copies = {np.asarray(s.data).tobytes() for s in leaf.addressable_shards}
-        assert len(leaf.addressable_shards) == 8
-        assert len(copies) == 1
+    tx = optimizer('vsam')
+    step = mapped_step(tx, None, check_vma=False, axis_name='data', per_device=True)
+    run = train(jax.jit(step), first_state(tx), batches())
+    assert_same_bits_everywhere(run[0])
     assert_same_run(run, by_hand('vsam'))
 
 
@@ -243,13 +253,10 @@ def test_without_vma_checks_all_devices_hold_the_same_bits():
 )
 @pytest.mark.usefixtures('x64')
 def test_axis_name_works_under_pmap_and_vmap(mapping, per_device):
-    tx = optimizer('vsam', axis_name='data', per_device=per_device)
-    step = mapping(own_step(tx), axis_name='data', in_axes=(None, 0), out_axes=None)
-    shares = [
-        jax.tree.map(lambda a: a.reshape(8, -1, *a.shape[1:]), batch)
-        for batch in batches()
-    ]
-    run = train(jax.jit(step), first_state(tx), shares)
+    tx = optimizer('vsam')
+    step = own_step(tx, axis_name='data', per_device=per_device)
+    step = mapping(step, axis_name='data', in_axes=(None, 0), out_axes=None)
+    run = train(jax.jit(step), first_state(tx), map(shares, batches()))
     assert_same_run(run, by_hand('vsam') if per_device else on_one_device('vsam'))
 
 
@@ -268,20 +275,17 @@ def test_gradients_that_are_means_already_need_no_axis_name():
 @pytest.mark.usefixtures('x64')
 def test_several_axes_and_a_frozen_tensor():
     """What is not perturbed has a second gradient on each device all the same."""
-    settings = {'per_device': True, 'perturb_mask': [False] + 5 * [True]}
     data = batches()[:3]
-    tx = optimizer('sam', axis_name='data', **settings)
+    tx = optimizer('sam', perturb_mask=[False] + 5 * [True])
     # Under vmap no gradient is summed by itself.
-    step = jax.vmap(own_step(tx), axis_name='data', in_axes=(None, 0), out_axes=None)
-    shares = [jax.tree.map(lambda a: a.reshape(8, 2, -1), batch) for batch in data]
-    one_axis = train(jax.jit(step), first_state(tx), shares)
+    step = own_step(tx, axis_name='data', per_device=True)
+    step = jax.vmap(step, axis_name='data', in_axes=(None, 0), out_axes=None)
+    one_axis = train(jax.jit(step), first_state(tx), map(shares, data))
 
     axes = ('host', 'data')
-    tx = optimizer('sam', axis_name=axes, **settings)
     mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Auto,) * 2)
-    step = jax.shard_map(
-        own_step(tx, axes), mesh=mesh, in_specs=(P(), P(axes)), out_specs=P()
-    )
+    step = own_step(tx, axes, axis_name=axes, per_device=True)
+    step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P())
     assert_same_run(train(jax.jit(step), first_state(tx), data), one_axis)
 
 
@@ -332,7 +336,7 @@ def flax_run(
 
 @pytest.mark.usefixtures('x64')
 def test_the_flax_step_over_devices_is_that_of_one_device():
-    run = flax_run('data', optimizer('vsam', axis_name='data'))
+    run = flax_run('data', optimizer('vsam'))
     reference = flax_run(None, optimizer('vsam'))
     fields = lambda run: (run[0].params, run[0].batch_stats, run[0].opt_state)
     # The loss scale of flax brings gradients to float32.
@@ -341,8 +345,7 @@ def test_the_flax_step_over_devices_is_that_of_one_device():
 
 @pytest.mark.usefixtures('x64')
 def test_micro_batches_and_batchnorm_over_devices():
-    tx = optimizer('vsam', axis_name='data')
-    run, _ = flax_run('data', tx, num_micro_batches=2)
+    run, _ = flax_run('data', optimizer('vsam'), num_micro_batches=2)
     for leaf in jax.tree.leaves((run.params, run.batch_stats)):
         shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         assert all((shard == shards[0]).all() for shard in shards)
@@ -377,7 +380,7 @@ def test_each_device_has_its_own_dropout_mask():
     state = vsam_jax.linen.TrainState.create(
         apply_fn=lambda: None,
         params=jnp.ones(2),
-        tx=optimizer('sam', axis_name='data'),
+        tx=optimizer('sam'),
         dropout_key=jax.random.key(2),
     )
     step = jax.shard_map(
@@ -393,12 +396,12 @@ def test_each_device_has_its_own_dropout_mask():
 
 
 def test_a_gradient_that_was_summed_over_the_devices_is_refused():
-    tx = optimizer('vsam', axis_name='data')
+    tx = optimizer('vsam')
     params = problems.mlp_params()
     x, y = problems.mlp_batches(1)[0]
     with pytest.raises(ValueError, match=r"updates must be each device's own.*pcast"):
         jax.eval_shape(
-            mapped_step(tx, axes=None),
+            mapped_step(tx, None, axis_name='data'),
             (params, tx.init(params)),
             (x, jax.nn.one_hot(y, 3)),
         )
@@ -406,14 +409,30 @@ def test_a_gradient_that_was_summed_over_the_devices_is_refused():
 
 @pytest.mark.parametrize('method', METHODS)
 def test_wrong_axis_arguments_are_named(method):
+    tx, w = METHODS[method](0.1), jnp.ones(2)
+    update = functools.partial(
+        tx.update, w, tx.init(w), w, grad_fn=lambda w: w, sample=True
+    )
+    assert_wrong_axis_arguments_are_named(update)
+
+
+@pytest.mark.parametrize('framework', ['linen', 'nnx'])
+def test_wrong_axis_arguments_of_a_builder_are_named(framework):
+    build = getattr(vsam_jax, framework).make_train_step
+    assert_wrong_axis_arguments_are_named(functools.partial(build, lambda *_: None))
+
+
+def assert_wrong_axis_arguments_are_named(call: Any) -> None:
     with pytest.raises(ValueError, match='per_device must be False where axis_name is'):
-        METHODS[method](per_device=True)
+        call(per_device=True)
+    with pytest.raises(ValueError, match=r'per_device must be False .* is \(\), got'):
+        call(axis_name=(), per_device=True)
     with pytest.raises(TypeError, match=r'axis_name must be None, .* got 3\.'):
-        METHODS[method](axis_name=3)
-    with pytest.raises(TypeError, match=r'axis_name must be None, .* got \(\)\.'):
-        METHODS[method](axis_name=())
+        call(axis_name=3)
+    with pytest.raises(TypeError, match=r"axis_name must be None, .* got \('a', 3\)\."):
+        call(axis_name=('a', 3))
     with pytest.raises(TypeError, match=r'per_device must be True or False, got 1\.'):
-        METHODS[method](axis_name='data', per_device=1)
+        call(per_device=1)
 
 
 # --- Several processes --------------------------------------------------------
@@ -475,10 +494,11 @@ def test_two_processes_train_together(tmp_path):
 )
 def test_a_step_lowers_for_other_platforms(platform, sample, layout):
     per_device = layout == 'per_device'
-    tx = optimizer(
-        'vsam', axis_name='data' if per_device else None, per_device=per_device
-    )
-    step = mapped_step(tx) if per_device else problems.make_step(tx, loss_fn)
+    tx = optimizer('vsam')
+    if per_device:
+        step = mapped_step(tx, axis_name='data', per_device=True)
+    else:
+        step = problems.make_step(tx, loss_fn)
     params = problems.mlp_params()
     x, y = problems.mlp_batches(1)[0]
     batch = (x, jax.nn.one_hot(y, 3))
@@ -510,7 +530,7 @@ def test_counters_among_running_statistics_stay_whole_numbers_over_devices():
         apply_fn=None,
         params=jnp.ones(2),
         batch_stats={'count': jnp.zeros((), jnp.int32)},
-        tx=vsam_jax.sam(axis_name='data'),
+        tx=vsam_jax.sam(),
     )
     step = jax.vmap(
         vsam_jax.linen.make_train_step(loss_fn, axis_name='data'),
@@ -532,7 +552,7 @@ def test_micro_batches_of_a_device_have_running_statistics_of_their_own():
         apply_fn=None,
         params=jnp.ones(2),
         batch_stats={'mean': jnp.zeros(2)},
-        tx=vsam_jax.sam(axis_name='data'),
+        tx=vsam_jax.sam(),
     )
     step = jax.shard_map(
         vsam_jax.linen.make_train_step(loss_fn, num_micro_batches=2, axis_name='data'),
@@ -549,13 +569,14 @@ def test_micro_batches_of_a_device_have_running_statistics_of_their_own():
 @pytest.mark.parametrize(('own', 'other'), [('host', 'data'), ('data', 'host')])
 def test_a_gradient_that_was_summed_over_one_of_two_axes_is_refused(own, other):
     axes = ('host', 'data')
-    tx = vsam_jax.sam(axis_name=axes)
+    tx = vsam_jax.sam()
     mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Auto,) * 2)
     loss = lambda w, x: jnp.mean((x @ w) ** 2)
 
     def step(w, x):
         grads = jax.grad(loss)(jax.lax.pcast(w, own, to='varying'), x)
-        return tx.update(grads, tx.init(w), w, grad_fn=lambda w: jax.grad(loss)(w, x))
+        grad_fn = lambda w: jax.grad(loss)(w, x)
+        return tx.update(grads, tx.init(w), w, grad_fn=grad_fn, axis_name=axes)
 
     step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P())
     message = f"at its root it is the same on all devices of '{other}'"
@@ -565,17 +586,12 @@ def test_a_gradient_that_was_summed_over_one_of_two_axes_is_refused(own, other):
 
 @pytest.mark.parametrize('per_device', [False, True])
 def test_a_summed_gradient_is_refused_whoever_perturbs(per_device):
-    tx = vsam_jax.sam(axis_name='data', per_device=per_device)
-    step = mapped_step(tx, axes=None)
+    tx = vsam_jax.sam()
+    step = mapped_step(tx, None, axis_name='data', per_device=per_device)
     params = problems.mlp_params()
     (x, y) = problems.mlp_batches(1)[0]
     with pytest.raises(ValueError, match="updates must be each device's own"):
         jax.eval_shape(step, (params, tx.init(params)), (x, jax.nn.one_hot(y, 3)))
-
-
-def test_the_step_builder_names_a_wrong_axis():
-    with pytest.raises(TypeError, match=r'axis_name must be None, .* got 3\.'):
-        vsam_jax.linen.make_train_step(lambda *args: None, axis_name=3)
 
 
 def test_shardings_of_no_parameters_are_refused():
@@ -605,7 +621,7 @@ def test_scales_of_8_bit_floats_are_the_largest_of_all_devices(method):
         w = scaled(params['params'], batch, params[owned])
         return jnp.sum(w * batch), (batch_stats, None)
 
-    methods = {'sgd': optax.sgd(0.1), 'sam': vsam_jax.sam(axis_name='data')}
+    methods = {'sgd': optax.sgd(0.1), 'sam': vsam_jax.sam()}
     state = vsam_jax.linen.TrainState.create(
         apply_fn=None,
         params={'params': jnp.ones(2), owned: jnp.array(1.0)},

@@ -27,9 +27,7 @@ METHODS = problems.METHODS
 
 def optimizer(method: str, **settings: Any) -> optax.GradientTransformationExtraArgs:
     """A method of ``METHODS`` and what comes after it, or SGD alone."""
-    base = optax.chain(
-        optax.add_decayed_weights(1e-3), optax.sgd(0.3, momentum=0.9)
-    )
+    base = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.3, momentum=0.9))
     if method == 'sgd':
         return optax.with_extra_args_support(base)
     return optax.chain(METHODS[method](radius(method), **settings), base)

@@ -55,7 +55,9 @@ def run(layout: str, planned: bool) -> dict[str, Any]:
         for p, spec in zip(problems.mlp_params(dtype=float), specs, strict=True)
     ]
     make_state = lambda params: (params, tx.init(params))
-    shardings = vsam_jax.sharding.state_shardings(jax.eval_shape(make_state, params), params)
+    shardings = vsam_jax.sharding.state_shardings(
+        jax.eval_shape(make_state, params), params
+    )
     state = jax.jit(make_state, out_shardings=shardings)(params)
     step = sharded_runs.driver(step, planned, out_shardings=(shardings, None))
 

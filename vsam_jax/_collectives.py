@@ -62,7 +62,7 @@ def check_told(axis_name: AxisName, name: str, values: PyTree, params: PyTree) -
         )
         if not _is_checked(axis):
             raise ValueError(
-                f'axis_name must be given inside a function that is mapped over {axis!r}'
+                f'axis_name must be given inside a function mapped over {axis!r}'
                 ' (jax.pmap, or jax.shard_map with check_vma=False), got None: nothing'
                 ' here tells whether devices have gradients of their own, and if they'
                 f' do their parameters part in silence.{answers}'

@@ -233,7 +233,9 @@ def test_devices_share_a_perturbation_or_have_one_each(method, planned, per_devi
     step = mapped_step(tx, axis_name='data', per_device=per_device)
     # That shard_map accepts out_specs=P() proves the state to be the same on all.
     run = train(driver(step, planned), first_state(tx), batches())
-    assert_same_run(run, by_hand(method) if per_device else on_one_device(method))
+    reference = by_hand(method) if per_device else on_one_device(method)
+    # ASAM's scales of small weights carry rounding on.
+    assert_same_run(run, reference, 1e-11)
 
 
 @pytest.mark.usefixtures('x64')

@@ -94,8 +94,7 @@ class Builder:
         """Takes the first pass and prepares the second.
 
         Args:
-            loss_fn: ``(params, collections, batch, key) -> (loss, (collections,
-                aux))``.
+            loss_fn: see :data:`LossFn`.
             params: where the first gradient is taken.
             opt_state: the optimizer's state.
             collections: see :class:`Begun`.
@@ -110,8 +109,8 @@ class Builder:
             there are several.
         """
         _check_accumulation(opt_state)
-        _collectives.check_told(self.axis_name, (), ())
         axes = self.axes
+        loss_fn = self._told(loss_fn)
         gradient = convolutions.canonical(self._gradient(loss_fn, dynamic_scale))
         if self.num_micro_batches > 1:
             # A gradient that a loss scale was divided out of is float32, because a
@@ -150,7 +149,7 @@ class Builder:
                 'per_device': self.per_device,
             }
         else:
-            # The methods of this package average for themselves; others do not.
+            # The methods of this package average, other optimizers know no devices.
             grads = _collectives.mean(grads, axes)
         return Begun(
             grads=grads,
@@ -196,6 +195,18 @@ class Builder:
     def has_overwrites(self, grads: PyTree) -> bool:
         """Whether there is a collection of what takes the place of parameters."""
         return isinstance(grads, Mapping) and self.overwrites in grads
+
+    def _told(self, loss_fn: LossFn) -> LossFn:
+        """The loss; without an axis it must be that of all devices together."""
+
+        def told(
+            params: PyTree, collections: PyTree, batch: Any, key: jax.Array | None
+        ) -> tuple[jax.Array, tuple[PyTree, Any]]:
+            loss, others = loss_fn(params, collections, batch, key)
+            _collectives.check_told(self.axis_name, 'the loss', loss, params)
+            return loss, others
+
+        return told
 
     def _gradient(self, loss_fn: LossFn, dynamic_scale: Any) -> Gradient:
         unscaled = jax.value_and_grad(loss_fn, has_aux=True)

@@ -165,7 +165,7 @@ class _Method:
         axes = _collectives.axes_of(axis_name)
         _check_per_device(per_device, axis_name)
         _check_update(updates, state, params, grad_fn, sample)
-        _collectives.check_told(axis_name, updates, params)
+        _collectives.check_told(axis_name, 'the gradient', updates, params)
         _collectives.check_own('updates', updates, axes)
         sample = _decision.resolve(sample, state, always=self.sampling.always)
         # From here on every number is the same on all devices, the plan too, but

@@ -42,13 +42,15 @@ def axes_of(axis_name: Any) -> Axes:
     return axes
 
 
-def check_told(axis_name: AxisName, grads: PyTree, params: PyTree) -> None:
+def check_told(axis_name: AxisName, name: str, values: PyTree, params: PyTree) -> None:
     """Raises where replicas would part in silence, because no axis was named.
 
     Args:
         axis_name: as the caller gave it; anything but None is an answer.
-        grads: the gradient that an update gets.
-        params: the parameters that it gets.
+        name: what ``values`` are: the gradient that an update gets, or a loss, whose
+            gradient ``shard_map`` sums over the devices and does not average.
+        values: these.
+        params: the parameters.
     """
     if axis_name is not None:
         return
@@ -60,18 +62,18 @@ def check_told(axis_name: AxisName, grads: PyTree, params: PyTree) -> None:
         )
         if not _is_checked(axis):
             raise ValueError(
-                f'axis_name must be given in a function that is mapped over {axis!r}'
+                f'axis_name must be given inside a function mapped over {axis!r}'
                 ' (jax.pmap, or jax.shard_map with check_vma=False), got None: nothing'
                 ' here tells whether devices have gradients of their own, and if they'
                 f' do their parameters part in silence.{answers}'
             )
-        for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(values):
             if _vary(leaf, axis)[1] and not all(
                 _vary(p, axis)[1] for p in jax.tree.leaves(params)
             ):
                 raise ValueError(
                     f'axis_name must be given here, got None: at {_checks.where(path)}'
-                    f' the gradient differs between the devices of {axis!r}, which'
+                    f' {name} differs between the devices of {axis!r}, which'
                     f' share the parameters.{answers}'
                 )
 
@@ -84,9 +86,12 @@ def mean(tree: PyTree, axes: Axes) -> PyTree:
     def reduce(x: Any) -> Any:
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return jax.lax.pmean(x, axes)
-        # Whole numbers, flags and keys are the same on all devices already.
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return x if is_key else jax.lax.pmax(x, axes)
+        # Whole numbers, flags and keys are the same on all devices already; this
+        # makes their types say so.
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            words = jax.lax.pmax(jax.random.key_data(x), axes)
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+        return jax.lax.pmax(x, axes)
 
     return jax.tree.map(reduce, tree)
 

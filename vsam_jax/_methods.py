@@ -75,15 +75,15 @@ def vsam(
     the loss rises, L(w + ε) − L(w), as its ``sharpness``.
 
     *From a slice of the mini-batch.* s is a small correction, and a part of the
-    mini-batch tells it for a part of the price. ``psf_grad_fn(params) -> grads`` is the
-    gradient of that part, of the same examples and with the same dropout key at each
-    call. With it a sampled step takes g′ = ∇L′(w) and g′_SAM = ∇L′(w + ε), ε made of g′,
-    and s = g′_SAM − g′; the direction is g + s, with g of the whole mini-batch as ever.
-    It counts as a sample only if ‖g‖, ‖g′‖ and ‖s‖ are finite, and Q is ‖s‖/‖g′‖.
+    mini-batch tells it for a part of the price. ``psf_grad_fn(params) -> grads`` is
+    the gradient of that part: the same examples and the same dropout key at each call.
+    With it a sampled step takes g′ = ∇L′(w) and g′_SAM = ∇L′(w + ε), ε made of g′, and
+    s = g′_SAM − g′; the direction is g + s, with g of the whole mini-batch as ever. It
+    counts as a sample only if ‖g‖, ‖g′‖ and ‖s‖ are finite, and Q is ‖s‖/‖g′‖.
     ``grad_fn`` is not needed then. The builders do it by ``psf_share``. It is wrong
-    where the part is no sample of the whole, where it holds a handful of examples
-    (16 or fewer, above all with BatchNorm, which takes its statistics), and does not pay
-    where an accelerator cannot be filled by it.
+    where the part is no sample of the whole, and where it holds a handful of examples
+    (16 or fewer; above all with BatchNorm, which takes its statistics). It does not pay
+    where a part cannot fill the accelerator.
 
     *Several devices.* Under ``jax.jit`` one program sees all of them, and nothing need
     be said. A function that runs once per device (``jax.shard_map``, ``jax.pmap``)

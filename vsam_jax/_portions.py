@@ -50,8 +50,8 @@ def _every(x: Any, parts: int) -> jax.Array:
         each = f' on each of {devices} devices' if devices > 1 else ''
         raise ValueError(
             'psf_share must divide the leading axis of every array of the mini-batch'
-            f'{each}, got psf_share=1/{parts} for an array of shape {shape}. Shares that'
-            f' do: {", ".join(good[:8]) or "none but 1"}.'
+            f'{each}, got psf_share=1/{parts} for an array of shape {shape}. Shares'
+            f' that do: {", ".join(good[:8]) or "none but 1"}.'
         )
     # Split, so that an axis over devices stays with the examples that are kept.
     grouped = jnp.reshape(x, (shape[0] // parts, parts, *shape[1:]))

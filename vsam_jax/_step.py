@@ -98,8 +98,7 @@ class Builder:
         """Takes the first pass and prepares the second.
 
         Args:
-            loss_fn: ``(params, collections, batch, key) -> (loss, (collections,
-                aux))``.
+            loss_fn: see :data:`LossFn`.
             params: where the first gradient is taken.
             opt_state: the optimizer's state.
             collections: see :class:`Begun`.
@@ -114,8 +113,8 @@ class Builder:
             there are several.
         """
         _check_accumulation(opt_state)
-        _collectives.check_told(self.axis_name, (), ())
         axes = self.axes
+        loss_fn = self._told(loss_fn)
         before = _collectives.own_copy(collections, axes)
         whole, sliced = self._gradients(loss_fn, dynamic_scale)
 
@@ -151,7 +150,7 @@ class Builder:
                 'per_device': self.per_device,
             }
         else:
-            # The methods of this package average for themselves; others do not.
+            # The methods of this package average, other optimizers know no devices.
             grads = _collectives.mean(grads, axes)
         return Begun(
             grads=grads,
@@ -223,6 +222,18 @@ class Builder:
             return of_slice(params, collections, batch, key)
 
         return whole, sliced
+
+    def _told(self, loss_fn: LossFn) -> LossFn:
+        """The loss; without an axis it must be that of all devices together."""
+
+        def told(
+            params: PyTree, collections: PyTree, batch: Any, key: jax.Array | None
+        ) -> tuple[jax.Array, tuple[PyTree, Any]]:
+            loss, others = loss_fn(params, collections, batch, key)
+            _collectives.check_told(self.axis_name, 'the loss', loss, params)
+            return loss, others
+
+        return told
 
     def _gradient(self, loss_fn: LossFn, dynamic_scale: Any) -> Gradient:
         unscaled = jax.value_and_grad(loss_fn, has_aux=True)

@@ -167,7 +167,7 @@ class _Method:
         self._check_slice(psf_grad_fn)
         second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
         _check_update(updates, state, params, second_fn, sample)
-        _collectives.check_told(axis_name, updates, params)
+        _collectives.check_told(axis_name, 'the gradient', updates, params)
         _collectives.check_own('updates', updates, axes)
         sample = _decision.resolve(sample, state, always=self.sampling.always)
         # From here on every number is the same on all devices, the plan too, but

@@ -263,6 +263,7 @@ class _View:
         params: what is trained, a state of NNX.
         others: all other variables, of the modules in the mini-batch too.
         arrays: the mini-batch's arrays.
+        before: parameters and other variables as they were, without random numbers.
     """
 
     def __init__(self, model: Any, wrt: Any, batch: Any, builder: Builder):
@@ -278,6 +279,8 @@ class _View:
         )
         # The model's own, as the optimizer sees them.
         self.params = params.get(0, nnx.State({}))
+        # Arrays: the variables of a split may be the modules' own, which change.
+        self.before = self.values()
         self._axes = builder.axes
         # With the types of variables, also of those that the loss function makes.
         self._structure = jax.tree.structure(self.others)
@@ -321,18 +324,13 @@ class _View:
         state = nnx.state(self._modules, nnx.Not(nnx.RngState))
         return nnx.as_pure(state)
 
-    def before(self) -> PyTree:
-        """The same as they were."""
-        state = nnx.merge_state(nnx.State({0: self.params}), self.others)
-        return nnx.as_pure(nnx.filter_state(state, nnx.Not(nnx.RngState)))
-
     def take(self, values: PyTree) -> None:
         """Gives the modules such values."""
         nnx.update(self._modules, values)
 
 
 def _own_streams(modules: Any, axes: _collectives.Axes) -> nnx.State:
-    """Makes random numbers differ between devices; returns the keys as they were."""
+    """Makes streams of random numbers differ between devices; returns their keys."""
     keys = nnx.as_pure(nnx.state(modules, nnx.RngKey)) if axes else nnx.State({})
 
     def own(key: jax.Array) -> jax.Array:
@@ -351,7 +349,7 @@ def _settle(
     dynamic_scale: Any,
 ) -> None:
     """Takes the update back after an overflow, and sets the next loss scale."""
-    old, new = view.before(), view.values()
+    old, new = view.before, view.values()
     if jax.tree.structure(old) != jax.tree.structure(new):
         # The model made variables: their first values stay.
         paths = dict(nnx.to_flat_state(old))

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 import vsam_jax
 from tests import problems
 
-WINDOW = 4
-STEPS = 2 * WINDOW - 1 + 2 * WINDOW
+# Warm-up and two windows of vSAM, two plans of the others at least but for one.
+STEPS = 15
 
 # Of the parameters of problems.mlp_params.
 LAYOUTS = {
@@ -22,21 +22,19 @@ LAYOUTS = {
     'fsdp': [P(None, 'data'), P('data'), P('data'), P('data'), P('data'), P()],
 }
 
-METHODS: dict[str, Any] = {
-    'vsam': functools.partial(vsam_jax.vsam, 0.1, window=WINDOW, segments=2),
-    'sam': functools.partial(vsam_jax.sam, 0.1),
-    'asam': functools.partial(vsam_jax.asam, 0.5, eta=0.01),
-    'looksam': functools.partial(vsam_jax.looksam, 0.1, every=3),
-    'random_sam': functools.partial(problems.random_sam, 0.1, window=WINDOW),
-}
+METHODS = problems.METHODS
 
 
 def optimizer(method: str, **settings: Any) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(
-        METHODS[method](**settings),
-        optax.add_decayed_weights(1e-3),
-        optax.sgd(0.3, momentum=0.9),
-    )
+    """A method of ``METHODS`` and what comes after it, or SGD alone."""
+    base = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.3, momentum=0.9))
+    if method == 'sgd':
+        return optax.with_extra_args_support(base)
+    return optax.chain(METHODS[method](radius(method), **settings), base)
+
+
+def radius(method: str) -> float:
+    return 0.5 if method.startswith('asam') else 0.1
 
 
 def loss_fn(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -63,15 +61,20 @@ def driver(step: Any, planned: bool, **jit_options: Any) -> Any:
     return jax.jit(step, **jit_options)
 
 
-def own_step(tx: optax.GradientTransformationExtraArgs, axes: Any = None) -> Any:
-    """A step for one device; over ``axes`` shard_map would sum its gradient."""
+def own_step(
+    tx: optax.GradientTransformationExtraArgs, axes: Any = None, **told: Any
+) -> Any:
+    """A step for one device; over ``axes`` shard_map would sum its gradient.
+
+    ``told`` are arguments of ``update``: ``axis_name`` and ``per_device``.
+    """
 
     def step(state, batch, *, sample=None):
         params, opt_state = state
         grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
         own = jax.lax.pcast(params, axes, to='varying') if axes else params
         updates, opt_state = tx.update(
-            grad_fn(own), opt_state, params, grad_fn=grad_fn, sample=sample
+            grad_fn(own), opt_state, params, grad_fn=grad_fn, sample=sample, **told
         )
         return (optax.apply_updates(params, updates), opt_state), jnp.zeros(())
 
@@ -79,17 +82,22 @@ def own_step(tx: optax.GradientTransformationExtraArgs, axes: Any = None) -> Any
 
 
 def mapped_step(
-    tx: optax.GradientTransformationExtraArgs, axes: Any = 'data', **options: Any
+    tx: optax.GradientTransformationExtraArgs,
+    axes: Any = 'data',
+    *,
+    check_vma: bool = True,
+    **told: Any,
 ) -> Any:
+    """A step over eight devices, each with a share of the mini-batch."""
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
 
     def step(state, batch, *, sample=None):
         return jax.shard_map(
-            functools.partial(own_step(tx, axes), sample=sample),
+            functools.partial(own_step(tx, axes, **told), sample=sample),
             mesh=mesh,
             in_specs=(P(), P('data')),
             out_specs=P(),
-            **options,
+            check_vma=check_vma,
         )(state, batch)
 
     return step

@@ -41,14 +41,13 @@ def run(layout: str, planned: bool) -> dict[str, Any]:
 
     mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, P('data'))
+    tx = sharded_runs.optimizer('vsam')
     if layout == 'fsdp':
         specs = sharded_runs.LAYOUTS['fsdp']
-        tx = sharded_runs.optimizer('vsam')
         step = problems.make_step(tx, sharded_runs.loss_fn)
     else:
         specs = sharded_runs.LAYOUTS['replicated']
-        tx = sharded_runs.optimizer('vsam', axis_name='data', per_device=True)
-        step = sharded_runs.mapped_step(tx)
+        step = sharded_runs.mapped_step(tx, axis_name='data', per_device=True)
     params = [
         jax.make_array_from_callback(
             p.shape, NamedSharding(mesh, spec), lambda i, p=p: np.asarray(p)[i]

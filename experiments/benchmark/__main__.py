@@ -124,13 +124,15 @@ class _Benchmark:
                 self.save()
             tables.show(name, *report.of_sweep(name, found[name]))
 
-    def runs(self, names: Sequence[str], windows: int, chunk: int) -> None:
+    def runs(
+        self, names: Sequence[str], methods: Sequence[str], windows: int, chunk: int
+    ) -> None:
         found = self.content['whole_runs'] = {}
         for name in names:
             problem = problems.PROBLEMS[name]()
             found[name] = {'title': problem.full_title, 'runs': {}}
-            advance = self.bar(f'{name}: whole runs', len(whole_runs.METHODS))
-            for method in whole_runs.METHODS:
+            advance = self.bar(f'{name}: whole runs', len(methods))
+            for method in methods:
                 found[name]['runs'][method] = whole_runs.measure(
                     problem, method, windows=windows, chunk=chunk
                 )
@@ -164,7 +166,12 @@ def main(arguments: Sequence[str]) -> None:
         if 'sweeps' in options.parts:
             benchmark.sweeps(options.largest)
         if 'runs' in options.parts:
-            benchmark.runs(names, options.windows, options.chunk)
+            methods = [
+                method
+                for method in whole_runs.METHODS
+                if method.startswith(options.runs_of)
+            ]
+            benchmark.runs(names, methods, options.windows, options.chunk)
     for file in (output, *report.write(benchmark.content, output)):
         screen.print(f'written to {file}')
 
@@ -191,6 +198,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         'chunk', whole_runs.CHUNK, 'Steps of such a chunk.', lower_bound=1
     )
+    flags.DEFINE_string('runs_of', '', 'How the names of methods in runs begin.')
     flags.DEFINE_integer(
         'largest',
         10**8,

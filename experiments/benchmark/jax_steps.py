@@ -16,9 +16,9 @@ from vsam_jax import convolutions, linen
 TrainStep = Callable[..., tuple[linen.TrainState, Any]]
 
 
-def train_step(problem: Problem) -> TrainStep:
+def train_step(problem: Problem, psf_share: float = 1) -> TrainStep:
     """``train_step(state, batch, *, sample) -> (state, loss)`` of a network."""
-    built = linen.make_train_step(_loss_of(problem))
+    built = linen.make_train_step(_loss_of(problem), psf_share=psf_share)
     # Builders take a second gradient for the methods of vsam_jax alone.
     gradient = convolutions.canonical(jax.grad(_loss_of(problem), has_aux=True))
     for_peers = _written(gradient)

@@ -195,6 +195,7 @@ def of_runs(runs: Mapping[str, Content]) -> tuple[list[str], list[list[str]]]:
         '× SGD or AdamW',
         '× what the parts cost',
         '× its own steps',
+        'Temporaries, MB',
     ]
     rows = [
         [
@@ -205,11 +206,18 @@ def of_runs(runs: Mapping[str, Content]) -> tuple[list[str], list[list[str]]]:
             tables.quartiles(run['times_base']),
             tables.quartiles(run['times_expected']),
             tables.quartiles(run['times_steps']),
+            _megabytes(run.get('temporaries')),
         ]
         for problem in runs.values()
         for name, run in problem['runs'].items()
     ]
     return header, rows
+
+
+def _megabytes(temporaries: Mapping[str, Any] | None) -> str:
+    """Of the sampled and of the reuse program; older files do not have them."""
+    sizes = (temporaries or {}).values()
+    return ' / '.join('–' if x is None else f'{x / 1e6:.0f}' for x in sizes) or '–'
 
 
 def markdown(content: Content) -> str:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -23,17 +23,27 @@ from experiments import results, timing
 from experiments.benchmark import jax_steps, variants
 from experiments.benchmark.problems import Problem
 
+
+class Method(NamedTuple):
+    """A method, and the share of the mini-batch that it measures the PSF on."""
+
+    make: Callable[[], optax.GradientTransformation]
+    psf_share: float = 1
+
+
+_STEADY = functools.partial(vsam_jax.steady_vsam, variants.RHO, every=3)
+
 # From the first step on as in the first window after warm-up: one step in K sampled.
-METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    'vSAM, K = 50': functools.partial(
-        vsam_jax.vsam, variants.RHO, window=50, warmup_steps=0
+METHODS: dict[str, Method] = {
+    'vSAM, K = 50': Method(
+        functools.partial(vsam_jax.vsam, variants.RHO, window=50, warmup_steps=0)
     ),
-    'vSAM, K = 10': functools.partial(
-        vsam_jax.vsam, variants.RHO, window=10, warmup_steps=0
+    'vSAM, K = 10': Method(
+        functools.partial(vsam_jax.vsam, variants.RHO, window=10, warmup_steps=0)
     ),
-    'steady vSAM, every 3rd step': functools.partial(
-        vsam_jax.steady_vsam, variants.RHO, every=3
-    ),
+    'steady vSAM, every 3rd step': Method(_STEADY),
+    'steady vSAM, every 3rd step, a quarter of the mini-batch': Method(_STEADY, 1 / 4),
+    'steady vSAM, every 3rd step, an eighth of the mini-batch': Method(_STEADY, 1 / 8),
 }
 # About so many steps are timed together.
 CHUNK = 20
@@ -75,10 +85,12 @@ def measure(
         ``sampling_rate``; the quotients of a run's time and what it should take,
         ``times_expected``, of a run's and the base optimizer's, ``times_base``, and of
         a run's and that of its own steps made without a driver, ``times_steps``
-        (medians and quartiles); ``windows``, ``steps`` and ``plan_reads``.
+        (medians and quartiles); ``windows``, ``steps`` and ``plan_reads``; the bytes
+        of temporaries of each program, ``temporaries``.
     """
-    tx = optax.chain(METHODS[method](), variants.base(problem.base))
-    driver = vsam_jax.PlannedStep(jax_steps.train_step(problem))
+    make, psf_share = METHODS[method]
+    tx = optax.chain(make(), variants.base(problem.base))
+    driver = vsam_jax.PlannedStep(jax_steps.train_step(problem, psf_share))
     # Two states, so that steps made by themselves leave the run's plan alone.
     run, parts = (
         _Run(driver, problem, jax_steps.new_state(problem, tx)) for _ in range(2)
@@ -133,5 +145,19 @@ def measure(
         'windows': windows * chunk // window,
         'steps': windows * chunk,
         'plan_reads': run.driver.num_reads,
+        'temporaries': _temporaries(driver, problem, tx),
         **{name: results.quartiles(values) for name, values in quotients.items()},
     }
+
+
+def _temporaries(
+    driver: vsam_jax.PlannedStep, problem: Problem, tx: optax.GradientTransformation
+) -> dict[str, int | None]:
+    """Bytes that the programs of a run need beside arguments and results."""
+    state = jax_steps.abstract_state(problem, tx)
+    sizes = {}
+    for name, sample in (('sampled', True), ('reuse', False)):
+        compiled = driver.program(sample).lower(state, problem.batch()).compile()
+        analysis = compiled.memory_analysis()
+        sizes[name] = getattr(analysis, 'temp_size_in_bytes', None)
+    return sizes

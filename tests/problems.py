@@ -146,3 +146,11 @@ def assert_close(
     """Like :func:`assert_equal`, up to a tolerance."""
     compare = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
     jax.tree.map(compare, actual, expected)
+
+
+def assert_finite(tree: Any) -> None:
+    """That all is finite, but for a sharpness that nobody has told."""
+    is_state = lambda x: isinstance(x, vsam_jax.VSAMState)
+    told = lambda x: x._replace(sharpness=None) if is_state(x) else x
+    for leaf in jax.tree.leaves(jax.tree.map(told, tree, is_leaf=is_state)):
+        assert bool(jnp.isfinite(leaf).all())

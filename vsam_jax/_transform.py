@@ -293,7 +293,9 @@ class _Method:
             rings=_kept(accepted, observed, state.rings),
             grad_norm=_kept(accepted, grad_norm, state.grad_norm),
             psf_norm=_kept(accepted, psf_norm, state.psf_norm),
-            sharpness=_kept(accepted, sharpness, state.sharpness),
+            sharpness=_kept(
+                accepted & jnp.isfinite(sharpness), sharpness, state.sharpness
+            ),
         )
 
     def _recall(self, grads: PyTree, state: VSAMState) -> _Outcome:

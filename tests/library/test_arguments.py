@@ -122,7 +122,7 @@ def update(grads=None, params=PARAMS, grad_fn=lambda p: p, sample=True, tx=None)
         (
             {'grad_fn': lambda p: (1.0, p)},
             ValueError,
-            r'result of grad_fn must have the tree structure',
+            r'value must be the loss of the first pass where grad_fn returns',
         ),
         (
             {'grad_fn': lambda p: {'a': p['a'], 'b': p['a']}},

@@ -147,8 +147,7 @@ def test_state_stays_finite_and_budget_in_bounds_for_any_gradients(steps):
         g, g_sam = jnp.array(g), jnp.array(g_sam)
         before = state
         direction, state = _hostile_update(g, g_sam, state)
-        for leaf in jax.tree.leaves(state):
-            assert bool(jnp.isfinite(leaf).all())
+        problems.assert_finite(state)
         assert 1 <= float(state.budget) <= 3
         assert int(state.step) == int(before.step) + 1
         if state.sampled and state.num_rejected > before.num_rejected:

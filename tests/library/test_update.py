@@ -208,7 +208,7 @@ def test_a_non_finite_first_gradient_is_rejected_too():
     direction, state = tx.update(bad, tx.init(w), w, grad_fn=lambda p: p)
     assert bool(jnp.isnan(direction).any())
     assert int(state.num_rejected) == 1
-    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state))
+    problems.assert_finite(state)
 
 
 def test_zero_gradients_give_a_zero_psf_and_a_steady_budget():
@@ -298,7 +298,7 @@ def test_types_of_the_state_are_stable(dtype, sample):
         step(after, batch)
         assert step._cache_size() == 1
         assert after[1].budget.dtype == jnp.promote_types(dtype, jnp.float32)
-        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(after))
+        problems.assert_finite(after)
 
 
 @pytest.mark.parametrize('transform', [lambda f: f, jax.jit], ids=['eager', 'jit'])

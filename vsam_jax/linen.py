@@ -19,6 +19,7 @@ from flax.training import train_state as flax_train_state
 from flax.training.dynamic_scale import DynamicScale
 
 from vsam_jax import _buffers, _collectives
+from vsam_jax._state import states_in
 from vsam_jax._step import Begun, Builder, takes_extra_args
 from vsam_jax._types import PyTree
 
@@ -147,6 +148,9 @@ class TrainState(flax_train_state.TrainState):
                 inner, grads=grads['params'], **told, **kwargs
             )
             return trained.replace(params={**grads, 'params': trained.params})
+        if not states_in(self.opt_state):
+            # A method averages for itself, another optimizer knows no devices.
+            grads = _collectives.mean(grads, _collectives.axes_of(axis_name))
         if value is not None:
             told |= {'grad': grads}
         updates, opt_state = self.tx.update(

@@ -211,6 +211,8 @@ def of_runs(runs: Mapping[str, Content]) -> tuple[list[str], list[list[str]]]:
         for problem in runs.values()
         for name, run in problem['runs'].items()
     ]
+    if all(row[-1] == '–' for row in rows):  # Files from before they were looked at.
+        header, rows = header[:-1], [row[:-1] for row in rows]
     return header, rows
 
 

@@ -71,10 +71,17 @@ def own_step(
 
     def step(state, batch, *, sample=None):
         params, opt_state = state
-        grad_fn = lambda p: jax.grad(loss_fn)(p, batch)
+        grad_fn = lambda p: jax.value_and_grad(loss_fn)(p, batch)
         own = jax.lax.pcast(params, axes, to='varying') if axes else params
+        value, grads = grad_fn(own)
         updates, opt_state = tx.update(
-            grad_fn(own), opt_state, params, grad_fn=grad_fn, sample=sample, **told
+            grads,
+            opt_state,
+            params,
+            value=value,
+            grad_fn=grad_fn,
+            sample=sample,
+            **told,
         )
         return (optax.apply_updates(params, updates), opt_state), jnp.zeros(())
 

@@ -208,11 +208,13 @@ def by_hand(method: str, steps: int = STEPS) -> tuple[Any, list[bool]]:
             else:
                 norm = optax.tree.norm(g)
                 ascent = jax.tree.map(lambda g: rho * g / norm, g)
-            return gradient(jax.tree.map(jnp.add, params, ascent), share)
+            perturbed = jax.tree.map(jnp.add, params, ascent)
+            return jax.value_and_grad(loss_fn)(perturbed, share)
 
         mean_second = jax.tree.map(lambda g: g.mean(0), jax.vmap(second)(shares))
+        value, grads = jax.value_and_grad(loss_fn)(params, batch)
         updates, opt_state = tx.update(
-            gradient(params, batch), opt_state, params, grad_fn=lambda _: mean_second
+            grads, opt_state, params, value=value, grad_fn=lambda _: mean_second
         )
         return (optax.apply_updates(params, updates), opt_state), None
 
@@ -604,11 +606,12 @@ def mean_step(tx: Any) -> Any:
         params, opt_state = state
 
         def grad_fn(params):
-            own = jax.grad(loss_fn)(params, batch)
+            own = jax.value_and_grad(loss_fn)(params, batch)
             return jax.lax.pmean(own, 'data')
 
+        value, grads = grad_fn(params)
         updates, opt_state = tx.update(
-            grad_fn(params), opt_state, params, grad_fn=grad_fn, axis_name=()
+            grads, opt_state, params, value=value, grad_fn=grad_fn, axis_name=()
         )
         return (optax.apply_updates(params, updates), opt_state), jnp.zeros(1)
 

@@ -126,6 +126,33 @@ def _whole_runs() -> str:
     )
 
 
+def _slices() -> str:
+    content = _load('benchmark/cpu_slices.json')
+    return (
+        f'{tables.markdown(*report.of_runs(content["whole_runs"]))}\nTemporaries: those'
+        ' of the sampled and of the reuse program. Median (quartiles) over chunks of'
+        f' the run; {_device(content)}, {_versions(content)}. Command:'
+        f' {_commands(content)}.\n'
+    )
+
+
+def _driver() -> str:
+    content = _load('benchmark/cpu_driver.json')
+    taken = content['milliseconds']
+    cost = lambda name: (
+        '{median:.2f} ({low:.2f}–{high:.2f}) ms'.format(**taken[name])
+    )
+    return (
+        f'For parameters of {content["leaves"]:,} arrays and as many of the PSF a call'
+        f' of `jax.jit` takes {cost("jit")}, one of `PlannedStep`'
+        f' {cost("planned")}, its identities of arrays looked at, and one with a state'
+        ' that it did not make, whose memory is looked at too,'
+        f' {cost("planned, a state from elsewhere")}: medians (quartiles) over'
+        f' {content["rounds"]} rounds; {_device(content)}, {_versions(content)}.'
+        f' Command: {_commands(content)}.\n'
+    )
+
+
 def _commands(*contents: dict[str, Any]) -> str:
     given = (
         # The benchmark sets another one itself.
@@ -204,6 +231,8 @@ TABLES: dict[str, Callable[[], str]] = {
     'kept_memory': _kept_memory,
     'large': _large,
     'whole_runs': _whole_runs,
+    'slices': _slices,
+    'driver': _driver,
     'lsq_images': lambda: _comparison('cifar100_small_lsq/4'),
     'controllers': _controllers,
     'noise': _noise,

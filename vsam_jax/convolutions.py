@@ -151,7 +151,10 @@ def _rewrite(
         a program that cannot be rewritten.
     """
     try:
-        fast = core.jaxpr_as_fun(_in_closed(program, {}))
+        rewritten = _in_closed(program, {})
+        fast = core.jaxpr_as_fun(rewritten)
+        if rewritten is program:  # There was nothing to rewrite.
+            return fast
         _check_types(jax.make_jaxpr(fast)(*arrays).out_avals, program.out_avals)
     except Exception as error:  # Whatever a version of jax may raise.
         _warn_once(error)

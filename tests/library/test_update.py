@@ -255,8 +255,9 @@ def test_vmap_equals_a_loop_over_the_members():
 
 @pytest.mark.usefixtures('x64')
 def test_gradients_flow_through_an_unrolled_run():
-    batches = problems.mlp_batches(6, dtype=jnp.float64)
-    params = problems.mlp_params(dtype=jnp.float64)
+    batches = problems.toy_batches(6, jnp.float64)
+    params = problems.toy_params(jnp.float64)
+    loss = problems.toy_loss
 
     def final(rho):
         tx = optax.chain(
@@ -264,10 +265,10 @@ def test_gradients_flow_through_an_unrolled_run():
         )
         state = (params, tx.init(params))
         for batch in batches:
-            state, _ = problems.make_step(tx)(state, batch)
+            state, _ = problems.make_step(tx, loss)(state, batch)
         inner = only_state(state)
         statistics = (inner.grad_norm, inner.psf_norm, inner.budget, inner.rings)
-        return problems.mlp_loss(state[0], batches[0]), statistics
+        return loss(state[0], batches[0]), statistics
 
     loss_of = jax.jit(lambda rho: final(rho)[0])
     slope_of = jax.jit(jax.grad(lambda rho: final(rho)[0]))

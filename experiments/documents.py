@@ -139,9 +139,7 @@ def _slices() -> str:
 def _driver() -> str:
     content = _load('benchmark/cpu_driver.json')
     taken = content['milliseconds']
-    cost = lambda name: (
-        '{median:.2f} ({low:.2f}–{high:.2f}) ms'.format(**taken[name])
-    )
+    cost = lambda name: '{median:.2f} ({low:.2f}–{high:.2f}) ms'.format(**taken[name])
     return (
         f'For parameters of {content["leaves"]:,} arrays and as many of the PSF a call'
         f' of `jax.jit` takes {cost("jit")}, one of `PlannedStep`'

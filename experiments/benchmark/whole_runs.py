@@ -25,10 +25,17 @@ from experiments.benchmark.problems import Problem
 
 
 class Method(NamedTuple):
-    """A method, and the share of the mini-batch that it measures the PSF on."""
+    """A method, and what is to be known of it.
+
+    Attributes:
+        make: makes its transformation.
+        psf_share: the share of the mini-batch that it measures the PSF on.
+        period: after how many steps its plan repeats itself; None for a window.
+    """
 
     make: Callable[[], optax.GradientTransformation]
     psf_share: float = 1
+    period: int | None = None
 
 
 _STEADY = functools.partial(vsam_jax.steady_vsam, variants.RHO, every=3)
@@ -42,8 +49,12 @@ METHODS: dict[str, Method] = {
         functools.partial(vsam_jax.vsam, variants.RHO, window=10, warmup_steps=0)
     ),
     'steady vSAM, every 3rd step': Method(_STEADY),
-    'steady vSAM, every 3rd step, a quarter of the mini-batch': Method(_STEADY, 1 / 4),
-    'steady vSAM, every 3rd step, an eighth of the mini-batch': Method(_STEADY, 1 / 8),
+    'steady vSAM, every 3rd step, a quarter of the mini-batch': Method(
+        _STEADY, 1 / 4, period=3
+    ),
+    'steady vSAM, every 3rd step, an eighth of the mini-batch': Method(
+        _STEADY, 1 / 8, period=3
+    ),
 }
 # About so many steps are timed together.
 CHUNK = 20
@@ -88,7 +99,7 @@ def measure(
         (medians and quartiles); ``windows``, ``steps`` and ``plan_reads``; the bytes
         of temporaries of each program, ``temporaries``.
     """
-    make, psf_share = METHODS[method]
+    make, psf_share, period = METHODS[method]
     tx = optax.chain(make(), variants.base(problem.base))
     driver = vsam_jax.PlannedStep(jax_steps.train_step(problem, psf_share))
     # Two states, so that steps made by themselves leave the run's plan alone.
@@ -99,7 +110,7 @@ def measure(
         jax_steps.Session(problem, variants.base(problem.base)),
         variants.VARIANTS[variants.BASE],
     )
-    window = optax.tree.get(run.state, 'plan').size
+    window = period or optax.tree.get(run.state, 'plan').size
     chunk = math.ceil(chunk / window) * window
     # To wait for the last of a few steps costs an accelerator a part of a step; a CPU,
     # where a chunk takes a minute, nothing to speak of.

@@ -121,7 +121,7 @@ def make_run(method: Method, task: Task) -> Callable[..., tuple[PyTree, PyTree]]
             number, rows = now
             batch = {
                 'image': images[rows],
-                'label': jax.numpy.asarray(start.labels)[rows],
+                'label': start.labels[rows],
             }
             at = _ahead(params, opt_state, rho) if method.momentum else params
             grads, new_stats = gradient(at, stats, batch)

@@ -139,8 +139,8 @@ class Start(NamedTuple):
     """
 
     variables: PyTree
-    labels: jax.Array | np.ndarray
-    order: jax.Array | np.ndarray
+    labels: jax.Array
+    order: jax.Array
 
 
 def examples(task: Task) -> Examples:
@@ -183,7 +183,7 @@ def _start(task: Task, seed: int) -> Start:
     order = np.concatenate(jax.device_get(orders))[: task.steps]
     images = jnp.zeros((1, *dataset.image_shape))
     variables = _init(network(task), init_key, images)
-    return Start(jax.device_get(variables), labels, order)
+    return jax.device_get(Start(variables, jnp.asarray(labels), jnp.asarray(order)))
 
 
 @functools.partial(jax.jit, static_argnums=0)

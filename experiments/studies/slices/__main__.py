@@ -123,7 +123,7 @@ def _write(output: pathlib.Path, content: dict[str, Any]) -> None:
     commands = content.setdefault('commands', [])
     if (command := results.command()) not in commands:
         commands.append(command)
-    keys = ('commands', 'seeds', 'tuning_seeds', 'check')
+    keys = ('commands', 'seeds', 'tuning_seeds', 'first_run', 'check')
     head = {key: content[key] for key in keys if key in content}
     report.write(output, {**head, **results.environment(), 'units': content['units']})
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments import files, results, tables
-from experiments.studies.slices import methods, tasks
+from experiments.studies.slices import methods, screen, tasks
 
 TRAINER = pathlib.Path(__file__).parents[2] / 'results' / 'controllers'
 
@@ -45,7 +45,7 @@ def _with_statistics(units: Mapping[str, Any]) -> dict[str, Any]:
         task, name = key.split('/')
         sam, sgd = (units.get(f'{task}/{other}') for other in ('sam', 'sgd'))
         statistics = {}
-        for place in ('own', 'sam_pair'):
+        for place in ('own', 'sam_pair', 'scaled_pair'):
             if place not in unit:
                 continue
             row = results.summary(unit[place])
@@ -54,10 +54,7 @@ def _with_statistics(units: Mapping[str, Any]) -> dict[str, Any]:
                 if theirs is not None and other != name:
                     row[f'minus_{other}'] = results.paired(unit[place], theirs['own'])
             statistics[place] = _rounded(row)
-        edge = None
-        if name != 'sgd':
-            radii = tasks.TASKS[task].radii
-            edge = unit['chosen'][0] in (radii[0], radii[-1])
+        edge = screen.at_edge(tasks.TASKS[task], name, unit['chosen'])
         found[key] = {**unit, 'radius_at_edge': edge, 'statistics': statistics}
     return found
 
@@ -89,6 +86,7 @@ def table(content: Mapping[str, Any]) -> str:
             '− SAM',
             '− SGD',
             'At SAM’s pair, − SAM',
+            'At SAM’s ρ / √p, − SAM',
         ]
         parts.append(f'### {task.title}\n\n{tables.markdown(header, rows)}')
     seeds = content.get('seeds', {})
@@ -99,7 +97,8 @@ def table(content: Mapping[str, Any]) -> str:
         ' how many gradients are taken of in a step, a mini-batch being 1; – where runs'
         ' differ. ρ and the learning rate (Rate) are the pair with the best mean'
         ' accuracy on validation examples, with other seeds; * at an end of the radii'
-        f' tried. Seeds that are reported: {numbers}.'
+        ' tried. ρ / √p: the PSF of 1/p of the examples, at SAM’s learning rate.'
+        f' Seeds that are reported: {numbers}.'
     )
     parts.append(note + '\n')
     if 'check' in content:
@@ -136,6 +135,7 @@ def _row(
         tables.points(own.get('minus_sam')),
         tables.points(own.get('minus_sgd')),
         tables.points(at_sam.get('minus_sam')),
+        tables.points(statistics.get('scaled_pair', {}).get('minus_sam')),
     ]
 
 

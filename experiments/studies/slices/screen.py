@@ -6,6 +6,7 @@ trained side by side by one program (``jax.vmap`` around ``jax.lax.scan``).
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,7 +86,8 @@ def num_calls(
 ) -> int:
     """How often the program of a unit is called, at most."""
     calls = lambda runs: -(-runs // WIDTH)
-    measured = 1 if name in ('sam', 'sgd') else 2
+    is_slice = methods.METHODS[name].parts > 1
+    measured = 1 if name in ('sam', 'sgd') else 2 + is_slice
     return calls(len(pairs_of(task, name)) * len(tuning)) + measured * calls(len(seeds))
 
 
@@ -93,7 +95,17 @@ def pairs_of(task: Task, name: str) -> list[Pair]:
     """The pairs of radius and learning rate that a method is tuned over."""
     if name == 'sgd':
         return [(0.0, rate) for rate in task.sgd_rates]
-    return list(itertools.product(task.radii, task.rates))
+    scale = 0.5 if methods.METHODS[name].parts > 1 else 1.0
+    radii = [scale * rho for rho in task.radii]
+    return list(itertools.product(radii, task.rates))
+
+
+def at_edge(task: Task, name: str, chosen: Sequence[float]) -> bool | None:
+    """Whether a radius is at an end of those tried; None for SGD, which has none."""
+    if name == 'sgd':
+        return None
+    radii = [rho for rho, _ in pairs_of(task, name)]
+    return chosen[0] in (min(radii), max(radii))
 
 
 def screen(
@@ -117,7 +129,8 @@ def screen(
     Returns:
         The unit, as it stands in the result file: ``validation`` (the mean accuracy
         of each pair, in order), the pair ``chosen`` of them, and accuracies on test
-        examples per seed, at the own pair and at SAM's.
+        examples per seed, at the own pair and at SAM's; for a slice of 1/p of the
+        examples also at SAM's rate and SAM's ρ / √p.
     """
     begun = time.perf_counter()
     program = program or Program(task, methods.METHODS[name])
@@ -125,16 +138,23 @@ def screen(
     tried = program(list(itertools.product(tuning, pairs)))
     means = tried[:, 0].reshape(len(tuning), len(pairs)).mean(0)
     chosen = pairs[int(np.argmax(means))]
-    at = lambda pair: program([(seed, pair) for seed in seeds])[:, 1]
-    own = at(chosen)
+
+    def at(pair: Pair) -> list[float]:
+        return _rounded(program([(seed, pair) for seed in seeds])[:, 1])
+
     found = {
         'validation': _rounded(means),
         'chosen': list(chosen),
-        'own': _rounded(own),
+        'own': at(chosen),
     }
     if sam_pair is not None:
-        same = tuple(sam_pair) == chosen
-        found['sam_pair'] = found['own'] if same else _rounded(at(tuple(sam_pair)))
+        rho, rate = sam_pair
+        places = {'sam_pair': (rho, rate)}
+        parts = methods.METHODS[name].parts
+        if parts > 1:
+            places['scaled_pair'] = (rho / math.sqrt(parts), rate)
+        for place, pair in places.items():
+            found[place] = found['own'] if pair == chosen else at(pair)
     return found | {'seconds': round(time.perf_counter() - begun, 1)}
 
 

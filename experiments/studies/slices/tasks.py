@@ -26,7 +26,8 @@ class Task:
         title: how it is called in tables.
         config: the task of ``experiments/configs/controllers.py`` that it comes from;
             of that are data, share of wrong labels, network and base optimizer.
-        radii: ρ of all methods but SGD.
+        radii: ρ of all methods but SGD; slices have half of each, for a first run
+            chose the least of these for them.
         rates: learning rates of all methods but SGD.
         sgd_rates: those of SGD.
         batch_size: how many examples a mini-batch holds. 96 is the number nearest to

@@ -58,7 +58,7 @@ def test_units_are_written_and_not_made_again(task, tmp_path, monkeypatch):
     assert list(content['units']) == [f'mlp_600/{name}' for name in names]
     unit = content['units']['mlp_600/slice_8_3']
     assert len(unit['validation']) == len(screen.pairs_of(task, 'slice_8_3')) == 2
-    assert unit['radius_at_edge']
+    assert unit['at_edge'] == [True, False]
     assert unit['chosen'] == [0.5, 0.1]  # Half of the largest radius.
     found = unit['statistics']['own']['minus_sam']
     np.testing.assert_allclose(list(found.values()), -0.15, atol=1e-5)

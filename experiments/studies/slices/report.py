@@ -54,8 +54,9 @@ def _with_statistics(units: Mapping[str, Any]) -> dict[str, Any]:
                 if theirs is not None and other != name:
                     row[f'minus_{other}'] = results.paired(unit[place], theirs['own'])
             statistics[place] = _rounded(row)
-        edge = screen.at_edge(tasks.TASKS[task], name, unit['chosen'])
-        found[key] = {**unit, 'radius_at_edge': edge, 'statistics': statistics}
+        edges = screen.at_edge(tasks.TASKS[task], name, unit['chosen'])
+        unit = {k: v for k, v in unit.items() if k != 'radius_at_edge'}
+        found[key] = {**unit, 'at_edge': list(edges), 'statistics': statistics}
     return found
 
 
@@ -96,7 +97,7 @@ def table(content: Mapping[str, Any]) -> str:
         ' those of runs of the same seed, in points, with 95 % intervals (t). Examples:'
         ' how many gradients are taken of in a step, a mini-batch being 1; – where runs'
         ' differ. ρ and the learning rate (Rate) are the pair with the best mean'
-        ' accuracy on validation examples, with other seeds; * at an end of the radii'
+        ' accuracy on validation examples, with other seeds; * at an end of those'
         ' tried. ρ / √p: the PSF of 1/p of the examples, at SAM’s learning rate.'
         f' Seeds that are reported: {numbers}.'
     )
@@ -122,15 +123,16 @@ def _row(
     rho, rate = unit['chosen']
     statistics = unit['statistics']
     own, at_sam = statistics['own'], statistics.get('sam_pair', {})
-    has_radius = unit['radius_at_edge'] is not None
+    has_radius = bool(rho)
+    radius_end, rate_end = ('*' if x else '' for x in unit['at_edge'])
     ratio = f'{rho / sam["chosen"][0]:.2f}' if has_radius and sam else '–'
     examples = method.gradients
     return [
         method.title,
         '–' if examples is None else f'{examples:.2f}',
-        f'{rho:g}{"*" if unit["radius_at_edge"] else ""}' if has_radius else '–',
+        f'{rho:g}{radius_end}' if has_radius else '–',
         ratio,
-        f'{rate:g}',
+        f'{rate:g}{rate_end}',
         tables.percent(own),
         tables.points(own.get('minus_sam')),
         tables.points(own.get('minus_sgd')),

@@ -100,12 +100,14 @@ def pairs_of(task: Task, name: str) -> list[Pair]:
     return list(itertools.product(radii, task.rates))
 
 
-def at_edge(task: Task, name: str, chosen: Sequence[float]) -> bool | None:
-    """Whether a radius is at an end of those tried; None for SGD, which has none."""
-    if name == 'sgd':
-        return None
-    radii = [rho for rho, _ in pairs_of(task, name)]
-    return chosen[0] in (min(radii), max(radii))
+def at_edge(task: Task, name: str, chosen: Sequence[float]) -> tuple[bool, bool]:
+    """Whether radius and learning rate are at an end of those tried."""
+    tried = list(zip(*pairs_of(task, name), strict=True))
+    radius, rate = (
+        len(set(values)) > 1 and value in (min(values), max(values))
+        for value, values in zip(chosen, tried, strict=True)
+    )
+    return radius, rate
 
 
 def screen(

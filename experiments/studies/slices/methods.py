@@ -1,0 +1,177 @@
+r"""What is compared: one step of each method, for any radius and learning rate.
+
+*MSAM* (Becker et al., `Momentum-SAM <https://arxiv.org/abs/2401.12033>`_, 2024) takes
+one gradient a step, where the momentum m of the base optimizer would lead:
+
+.. math:: g = ∇L(w - ρ \, m / (‖m‖_2 + 10^{-12})), \quad m \leftarrow 0.9 \, m + g.
+
+With AdamW m is Adam's mean of the gradients.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+import vsam_jax
+from experiments import methods as trainer_methods
+from experiments.experiment import loss_of
+from experiments.studies.slices import tasks
+from experiments.studies.slices.tasks import PyTree, Task
+
+# Makes what stands first in the chain from ρ and the settings of the published vSAM.
+Direction = Callable[[Any, Any], optax.GradientTransformationExtraArgs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method.
+
+    Attributes:
+        title: how it is called in tables.
+        direction: makes the transformation that takes a second gradient, if any.
+        every: a second gradient every so many steps, in all runs alike; None: never,
+            or as the plan of each run says.
+        parts: the PSF is that of one in so many examples.
+        momentum: whether it is MSAM.
+    """
+
+    title: str
+    direction: Direction | None = None
+    every: int | None = None
+    parts: int = 1
+    momentum: bool = False
+
+    @property
+    def gradients(self) -> float | None:
+        """Examples that gradients are taken of a step, a mini-batch being one.
+
+        None where it differs from run to run.
+        """
+        if self.direction is None:
+            return 1.0
+        if self.every is None:
+            return None
+        # With a slice the gradient at w of its examples is taken again.
+        passes = 1 if self.parts == 1 else 2
+        return 1 + passes / self.parts / self.every
+
+
+def _steady(every: int, tolerance: float = 0.3) -> Direction:
+    return lambda rho, _: vsam_jax.steady_vsam(rho, every=every, tolerance=tolerance)
+
+
+def _sam(rho: Any, _: Any) -> optax.GradientTransformationExtraArgs:
+    return vsam_jax.sam(rho)
+
+
+def _published(rho: Any, settings: Any) -> optax.GradientTransformationExtraArgs:
+    return vsam_jax.vsam(rho, **{k: v for k, v in settings.items() if k != 'rho'})
+
+
+def _slice(parts: int, every: int, tolerance: float = 0.3) -> Method:
+    title = f'1/{parts} of the examples, every {_ordinal(every)}step'
+    title += '' if tolerance == 0.3 else f', η = {tolerance}'
+    direction = _sam if every == 1 else _steady(every, tolerance)
+    return Method(title, direction, every=every, parts=parts)
+
+
+def _ordinal(number: int) -> str:
+    return {1: '', 2: '2nd ', 3: '3rd '}.get(number, f'{number}th ')
+
+
+PARTS, EVERY = (2, 4, 8, 16), (1, 3, 2, 5)
+METHODS = {
+    # The others are compared with these two.
+    'sam': Method('SAM', _sam, every=1),
+    'sgd': Method('SGD'),
+    'msam': Method('MSAM', momentum=True),
+    'steady_03': Method('steady vSAM, η = 0.3', _steady(3), every=3),
+    'steady_05': Method('steady vSAM, η = 0.5', _steady(3, 0.5), every=3),
+    'vsam': Method('vSAM', _published),
+    **{f'slice_{p}_{k}': _slice(p, k) for k in EVERY for p in PARTS},
+    'slice_8_3_05': _slice(8, 3, 0.5),
+}
+
+
+def make_run(method: Method, task: Task) -> Callable[..., tuple[PyTree, PyTree]]:
+    """A function that trains one network.
+
+    Args:
+        method: how.
+        task: what.
+
+    Returns:
+        ``run(images, start, rho, rate) -> variables`` with the training images
+        [N, …], a :class:`tasks.Start` of one seed, and two scalars.
+    """
+    loss_fn = loss_of(tasks.network(task), task.settings.label_smoothing)
+
+    def gradient(params: PyTree, stats: PyTree, batch: Any) -> tuple[PyTree, PyTree]:
+        grads, (stats, _) = jax.grad(loss_fn, has_aux=True)(params, stats, batch, None)
+        return grads, stats
+
+    def run(images: jax.Array, start: tasks.Start, rho: Any, rate: Any) -> PyTree:
+        tx = transformation(method, task, rho, rate)
+
+        def step(carry: Any, now: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            params, stats, opt_state = carry
+            number, rows = now
+            batch = {
+                'image': images[rows],
+                'label': start.labels[rows],
+            }
+            at = _ahead(params, opt_state, rho) if method.momentum else params
+            grads, new_stats = gradient(at, stats, batch)
+            arguments = {}
+            if method.direction is not None:
+                part = jax.tree.map(lambda x: x[:: method.parts], batch)
+                second = lambda w: gradient(w, stats, part)[0]
+                name = 'grad_fn' if method.parts == 1 else 'psf_grad_fn'
+                arguments[name] = second
+            if method.every is not None and method.every > 1:
+                # Of no run alone: it stays a conditional under vmap.
+                arguments['sample'] = number % method.every == 0
+            updates, opt_state = tx.update(grads, opt_state, params, **arguments)
+            return (optax.apply_updates(params, updates), new_stats, opt_state), None
+
+        params = start.variables['params']
+        stats = start.variables.get('batch_stats', {})
+        numbers = jax.numpy.arange(start.order.shape[0])
+        carry = params, stats, tx.init(params)
+        (params, stats, _), _ = jax.lax.scan(step, carry, (numbers, start.order))
+        return {'params': params, 'batch_stats': stats}
+
+    return run
+
+
+def transformation(
+    method: Method, task: Task, rho: Any, rate: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer: the direction of the method, and the base optimizer of the task.
+
+    Args:
+        method: the method.
+        task: the task.
+        rho: ρ, a scalar.
+        rate: the first learning rate, a scalar; a cosine takes it to 0.
+
+    Returns:
+        An optax transformation.
+    """
+    settings = {**task.settings.optimizer, 'learning_rate': rate}
+    base = trainer_methods.base_optimizer(task.steps, settings)
+    if method.direction is None:
+        return optax.with_extra_args_support(base)
+    return optax.chain(method.direction(rho, task.settings.methods.vsam), base)
+
+
+def _ahead(params: PyTree, opt_state: PyTree, rho: Any) -> PyTree:
+    """w − ρ m / ‖m‖."""
+    momentum = optax.tree.get(opt_state, 'trace')
+    if momentum is None:
+        momentum = optax.tree.get(opt_state, 'mu')
+    scale = rho / (optax.tree.norm(momentum) + 1e-12)
+    return jax.tree.map(lambda w, m: w - scale * m, params, momentum)

@@ -81,10 +81,10 @@ def vsam(
     s = g′_SAM − g′; the direction is g + s, with g of the whole mini-batch as ever. It
     counts as a sample only if ‖g‖, ‖g′‖ and ‖s‖ are finite, and Q is ‖s‖/‖g′‖.
     ``grad_fn`` is not needed then. The builders do it by ``psf_share``. Gradients of
-    fewer examples are longer, so ρ should be smaller: start with SAM's times the square
-    root of the share. It is wrong where the part is no sample of the whole, and where it
-    holds a handful of examples (above all with BatchNorm, which takes its statistics).
-    It does not pay where a part cannot fill the accelerator.
+    fewer examples are longer, so ρ should be smaller: start with SAM's times the
+    square root of the share. It is wrong where the part is no sample of the whole, and
+    where it holds a handful of examples (above all with BatchNorm, which takes its
+    statistics). It does not pay where a part cannot fill the accelerator.
 
     *Several devices.* Under ``jax.jit`` one program sees all of them, and nothing need
     be said. A function that runs once per device (``jax.shard_map``, ``jax.pmap``)

@@ -349,8 +349,8 @@ class _Told:
         self._function = function
         self._sample = sample
         if hasattr(function, 'trace'):
-            self.trace = self._within(function.trace)
-        self.lower = self._within(function.lower)
+            self.trace = self._within(_bound(function, 'trace'))
+        self.lower = self._within(_bound(function, 'lower'))
 
     def _within(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def told(*args: Any, **kwargs: Any) -> Any:
@@ -362,6 +362,14 @@ class _Told:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _decision.decided(self._sample):
             return self._function(*args, **kwargs)
+
+
+def _bound(function: Any, name: str) -> Callable[..., Any]:
+    """An attribute of a jitted function, which of a method does not know its object."""
+    attribute = getattr(function, name)
+    if inspect.ismethod(function):
+        return functools.partial(attribute, function.__self__)
+    return attribute
 
 
 def _specialize(

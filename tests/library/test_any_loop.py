@@ -118,6 +118,21 @@ def test_a_static_argument_by_place_passes(xs, traced):
     assert_same_run((w, opt_state), traced)
 
 
+def test_a_jitted_method_of_an_object_is_a_step_too(xs, traced):
+    class Agent:
+        @functools.partial(jax.jit, static_argnums=0)
+        def step(self, *args):
+            return plain_step(*args)
+
+    planned = vsam_jax.PlannedStep(Agent().step)
+    w, opt_state = start()
+    for x in xs:
+        _, w, opt_state = planned(w, opt_state, x)
+    assert_same_run((w, opt_state), traced)
+    lowered = planned.program(True).lower(w, opt_state, xs[0])
+    assert 'stablehlo.case' not in lowered.as_text()
+
+
 def test_modules_of_equinox_pass(xs, traced):
     class Model(eqx.Module):
         w: jax.Array

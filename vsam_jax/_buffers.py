@@ -31,7 +31,13 @@ def make_own(donated: Any, others: Any) -> Any:
         The donated arguments, with copies where memory is shared.
     """
     seen: set[Any] = set()
-    for leaf in jax.tree.leaves(others):
+    # One variable in two arguments is one array for nnx.jit.
+    own = {id(x) for x in _variables(donated)}
+    variables = [x for x in _variables(others) if id(x) not in own]
+    plain = jax.tree.map(
+        lambda x: None if _is_object(x) else x, others, is_leaf=_is_object
+    )
+    for leaf in jax.tree.leaves((plain, [x.get_value() for x in variables])):
         if isinstance(leaf, jax.Array):
             seen.update(_buffers(leaf))
     return _replace(donated, lambda leaf: _own(leaf, seen))
@@ -43,26 +49,38 @@ def repeats(leaves: Sequence[Any]) -> bool:
     return len({*arrays}) < len(arrays)
 
 
+def _nnx() -> Any:
+    """Flax's module, without importing it: who passes its objects has done so."""
+    return sys.modules.get('flax.nnx')
+
+
+def _is_variable(x: Any) -> bool:
+    return (nnx := _nnx()) is not None and isinstance(x, nnx.Variable)
+
+
+def _is_object(x: Any) -> bool:
+    return (nnx := _nnx()) is not None and isinstance(x, (nnx.Variable, nnx.Pytree))
+
+
+def _variables(tree: Any) -> list[Any]:
+    """The variables of NNX in a tree."""
+    return list(filter(_is_variable, jax.tree.leaves(tree, is_leaf=_is_variable)))
+
+
 def _replace(tree: Any, function: Callable[[Any], Any]) -> Any:
     """Maps the leaves of a tree; objects of NNX are changed in place."""
-    # Without importing Flax: who passes its objects has done so.
-    nnx: Any = sys.modules.get('flax.nnx')
-    if nnx is None:
-        return jax.tree.map(function, tree)
-    is_variable = lambda x: isinstance(x, nnx.Variable)
-    is_object = lambda x: is_variable(x) or isinstance(x, nnx.Pytree)
     changed: set[int] = set()  # A variable may stand in two places.
 
     def replace(node: Any) -> Any:
-        if not is_object(node):
+        if not _is_object(node):
             return function(node)
-        for x in jax.tree.leaves(node, is_leaf=is_variable):
-            if is_variable(x) and id(x) not in changed:
+        for x in _variables(node):
+            if id(x) not in changed:
                 changed.add(id(x))
                 x.set_value(jax.tree.map(function, x.get_value()))
         return node
 
-    return jax.tree.map(replace, tree, is_leaf=is_object)
+    return jax.tree.map(replace, tree, is_leaf=_is_object)
 
 
 def _own(leaf: Any, seen: set[Any]) -> Any:

@@ -105,7 +105,10 @@ class PlannedStep:
                 f'train_step must be a function, got {train_step!r}: give the step'
                 ' that a traced run would jit.'
             )
-        is_jitted = callable(getattr(train_step, 'lower', None))
+        if isinstance(jit, functools.partial):
+            jit_options = jit.keywords | jit_options
+            jit = jit.func
+        is_jitted = callable(getattr(_innermost(train_step), 'lower', None))
         if is_jitted and (
             donate_state is not None or jit_options or jit is not jax.jit
         ):
@@ -134,6 +137,7 @@ class PlannedStep:
         self._programs: dict[Any, Any] = {}
         self._layouts: dict[Any, _Layout] = {}
         self._checked: set[Any] = set()
+        self._traces = 0
         self._window: _Window | None = None
         self.num_reads = 0
 
@@ -171,9 +175,13 @@ class PlannedStep:
         sample = window.plan[window.taken] if sample is None else sample
         program = self._compiled(sample, layout)
         counts = self._check_program(program, sample, layout, args, kwargs)
+        traced = self._num_traced(program)
         output = program(*args, **kwargs)
         counter = self._next_counter(output, args, kwargs, leaves, layout)
         window.follow(counter)
+        # What was traced anew, for other shapes or static arguments, may update more
+        # often; to look at it waits, but so did the compiler.
+        counts = counts and traced == self._num_traced(program)
         if not counts and int(counter) != window.next_step:
             self._window = None
             raise ValueError(_several(int(counter) - window.next_step + 1))
@@ -192,7 +200,8 @@ class PlannedStep:
                 zip(('donate_argnums', 'donate_argnames'), donated, strict=True)
             )
             options = self._jit_options | {k: v for k, v in options.items() if v}
-            self._programs[key] = self._jit(_specialize(self._step, sample), **options)
+            step = _specialize(self._step, sample, self._note_trace)
+            self._programs[key] = self._jit(step, **options)
         return self._programs[key]
 
     def _donated(self, layout: '_Layout') -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -224,6 +233,13 @@ class PlannedStep:
         self._checked.add(key)
         return counts
 
+    def _note_trace(self) -> None:
+        self._traces += 1
+
+    def _num_traced(self, program: Any) -> int | None:
+        """How often programs have been traced; grows with each new signature."""
+        return _cache_size(program) if self._jit is None else self._traces
+
     # --- Arguments ---
 
     def _layout(self, args: Any, kwargs: Any) -> tuple[list[Any], '_Layout']:
@@ -248,7 +264,8 @@ class PlannedStep:
         if self._jit is None or (continues and not _buffers.repeats(leaves)):
             return args, kwargs
         places, names = self._donated(layout)
-        places = [place % len(args) for place in places]
+        number = len(args)
+        places = [p % number for p in places if -number <= p < number]
         given = [name for name in names if name in kwargs]
         donated = [args[i] for i in places], [kwargs[name] for name in given]
         others = (
@@ -348,7 +365,7 @@ class _Told:
     def __init__(self, function: Any, sample: bool):
         self._function = function
         self._sample = sample
-        if hasattr(function, 'trace'):
+        if hasattr(_innermost(function), 'trace'):
             self.trace = self._within(_bound(function, 'trace'))
         self.lower = self._within(_bound(function, 'lower'))
 
@@ -366,19 +383,39 @@ class _Told:
 
 def _bound(function: Any, name: str) -> Callable[..., Any]:
     """An attribute of a jitted function, which of a method does not know its object."""
+    if isinstance(function, functools.partial):  # As nnx.jit binds methods.
+        inner = _bound(function.func, name)
+        return functools.partial(inner, *function.args, **function.keywords)
     attribute = getattr(function, name)
     if inspect.ismethod(function):
         return functools.partial(attribute, function.__self__)
     return attribute
 
 
+def _innermost(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _cache_size(program: Any) -> int | None:
+    """How many programs a jitted function has compiled, None if it does not say."""
+    function = _innermost(getattr(program, '_function', program))
+    # That of jax.jit inside of nnx.jit's and eqx.filter_jit's.
+    for name in ('jitted_fn', '_cached'):
+        function = getattr(function, name, function)
+    size: Any = getattr(function, '_cache_size', None)
+    return size() if callable(size) else None
+
+
 def _specialize(
-    train_step: Callable[..., Any], sample: bool | None
+    train_step: Callable[..., Any], sample: bool | None, note: Callable[[], None]
 ) -> Callable[..., Any]:
-    """The step of which it is known whether it is sampled."""
+    """The step of which it is known whether it is sampled; notes that it is traced."""
 
     @functools.wraps(train_step)
     def program(*args: Any, **kwargs: Any) -> Any:
+        note()
         before = _counters((args, kwargs))
         with _decision.decided(sample):
             output = train_step(*args, **kwargs)
@@ -406,7 +443,8 @@ def _counters(tree: Any) -> list[Any]:
 def _not_returned(output: Any) -> str:
     return (
         'train_step must return the new state, with its VSAMState in it, or update an'
-        f' object of NNX in place, got a result of type {type(output).__name__} without'
+        ' object of NNX in place, which takes jit=nnx.jit,'
+        f' got a result of type {type(output).__name__} without'
         ' a new one, and the state among the arguments as it was: return what tx.update'
         ' returned as its second value.'
     )

@@ -206,7 +206,9 @@ class Builder:
         # narrower dtype may not hold it.
         dtype = None if dynamic_scale is None else jnp.float32
         number, parts = self.num_micro_batches, _portions.parts_of(self.psf_share)
-        accumulate = functools.partial(_accumulated, one, dtype=dtype)
+        accumulate = functools.partial(
+            _accumulated, one, dtype=dtype, overwrites=self.overwrites
+        )
         whole = one if number == 1 else accumulate(number)
         if parts == 1:
             return whole, None
@@ -272,13 +274,22 @@ def _check_accumulation(opt_state: PyTree) -> None:
 
 
 def _accumulated(
-    gradient: Gradient, num_micro_batches: int, dtype: DTypeLike, every: int = 1
+    gradient: Gradient,
+    num_micro_batches: int,
+    dtype: DTypeLike,
+    overwrites: str | None,
+    every: int = 1,
 ) -> Gradient:
     """The mean gradient over micro-batches, one after the other.
 
     Its dtype is ``dtype``, or with None that of each parameter. Of the micro-batches
-    it takes all, or one of ``every`` so many.
+    it takes all, or one of ``every`` so many. Of the collection ``overwrites``, sizes
+    that were seen, it takes the largest.
     """
+
+    def is_size(path: tuple[Any, ...]) -> bool:
+        return getattr(path[0], 'key', None) == overwrites if path else False
+
     number = num_micro_batches // every
 
     def split(x: jax.Array) -> jax.Array:
@@ -299,8 +310,12 @@ def _accumulated(
             micro_key = None if key is None else jax.random.fold_in(key, index)
             value, grads, (new, aux) = gradient(params, collections, batch, micro_key)
             collections = _in_dtypes_of(collections, new)
-            total = jax.tree.map(lambda t, g: t + _numerics.widen(g), total, grads)
+            total = jax.tree_util.tree_map_with_path(together, total, grads)
             return (total, collections), (value, aux)
+
+        def together(path: tuple[Any, ...], total: jax.Array, grad: jax.Array) -> Any:
+            grad = _numerics.widen(grad)
+            return jnp.maximum(total, grad) if is_size(path) else total + grad
 
         zeros = optax.tree.zeros_like(jax.tree.map(_numerics.widen, params))
         (total, collections), (values, aux) = jax.lax.scan(
@@ -311,7 +326,9 @@ def _accumulated(
                 jax.tree.map(lambda x: split(x)[::every], batch),
             ),
         )
-        mean = optax.tree.scale(1 / number, total)
+        mean = jax.tree_util.tree_map_with_path(
+            lambda path, t: t if is_size(path) else t / number, total
+        )
         cast = lambda m, p: m.astype(dtype or p.dtype)
         grads = jax.tree.map(cast, mean, params)
         return values.mean(), grads, (collections, aux)

@@ -76,7 +76,8 @@ def value_and_grad(
     Called with a model it takes the first pass, as Flax's own does. Called with
     parameters, as ``optimizer.update`` calls its ``grad_fn``, it takes the second
     pass of that call: the same arguments and the same random numbers, on a copy of all
-    modules as they were before the first pass.
+    modules as they were before the first pass. It is that of the *latest* call with a
+    model: evaluate with another function.
 
     Args:
         f: the loss, a function of the model and of anything else.

@@ -249,6 +249,18 @@ def test_several_updates_a_call_are_noticed_at_once(step, jit):
         assert int(opt_state[0].step) == 0
 
 
+def test_a_longer_scan_in_a_later_call_is_noticed_too():
+    def step(w, opt_state, xs):
+        body = lambda carry, x: (plain_step(*carry, x)[1:], None)
+        return jax.lax.scan(body, (w, opt_state), xs)[0]
+
+    planned, state = vsam_jax.PlannedStep(step), start()
+    for _ in range(2):
+        state = planned(*state, jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match='it updates 6 times'):
+        planned(*state, jnp.ones((6, 3)))
+
+
 @pytest.mark.parametrize('step', [scanned, unrolled])
 def test_traced_every_one_of_several_updates_follows_the_plan(step, xs):
     each = 4 if step is scanned else 2
@@ -272,6 +284,56 @@ def test_two_branches_that_update_are_one_update(xs):
     for x in xs:
         _, w, opt_state = planned(w, opt_state, x)
     assert int(opt_state[0].step) == NUMBER
+
+
+def test_a_jit_that_donates_by_itself_goes_on_to():
+    jit = functools.partial(jax.jit, donate_argnums=0)
+    (w, opt_state), step = start(), vsam_jax.PlannedStep(plain_step, jit=jit)
+    step(w, opt_state, jnp.ones(3))
+    assert w.is_deleted()
+    assert opt_state[0].step.is_deleted()
+
+
+def test_arguments_that_would_be_donated_may_come_by_name():
+    (w, opt_state), step = start(), vsam_jax.PlannedStep(plain_step, donate_argnums=0)
+    step(w=w, opt_state=opt_state, x=jnp.ones(3))
+
+
+def test_a_variable_in_two_arguments_is_not_copied(monkeypatch):
+    model = Weights()
+    optimizer = nnx.ModelAndOptimizer(model, TX, wrt=nnx.Param)
+    step = vsam_jax.PlannedStep(
+        lambda model, optimizer, x: nnx_both(optimizer, x), jit=nnx.jit
+    )
+    copies, copy = [], jnp.copy
+    monkeypatch.setattr(jnp, 'copy', lambda x: copies.append(x) or copy(x))
+    for _ in range(3):
+        step(model, optimizer, jnp.ones(3))
+    assert not copies
+
+
+def nnx_both(optimizer, x):
+    grad_fn = vsam_jax.nnx.value_and_grad(lambda model, x: loss(model.w[...], x))
+    _, grads = grad_fn(optimizer.model, x)
+    optimizer.update(grads, grad_fn=grad_fn)
+
+
+def test_a_jitted_method_of_nnx_runs_as_it_is():
+    class Agent(nnx.Module):
+        def __init__(self):
+            self.model = Weights()
+            self.optimizer = nnx.Optimizer(self.model, TX, wrt=nnx.Param)
+
+        @nnx.jit
+        def step(self, x):
+            return nnx_step(self.model, self.optimizer, x)
+
+    for bound in (True, False):
+        agent = Agent()
+        planned = vsam_jax.PlannedStep(agent.step if bound else Agent.step)
+        for _ in range(4):
+            planned(*(() if bound else (agent,)), jnp.ones(3))
+        assert int(vsam_jax.metrics(agent.optimizer)['num_samples']) >= 1
 
 
 # --- Without a method, and other mistakes -------------------------------------

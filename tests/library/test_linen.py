@@ -485,3 +485,37 @@ def test_a_loss_scale_is_not_taken_out_of_what_it_is_not_in():
 
 def test_numbers_of_python_may_stand_in_a_collection():
     assert stats_step({'n': jnp.zeros(())}, lambda stats: {'n': 3}) == {'n': 3}
+
+
+def test_sizes_of_8_bit_floats_are_the_largest_of_all_micro_batches():
+    @jax.custom_vjp
+    def seen(x, scale):
+        return x
+
+    forward = lambda x, scale: (x, (x, scale))
+    backward = lambda saved, g: (g, jnp.max(jnp.abs(saved[0])) + 0 * saved[1])
+    seen.defvjp(forward, backward)
+
+    def loss_fn(params, batch_stats, batch, key):
+        x = seen(batch, params['_overwrite_with_gradient']['size'])
+        return jnp.mean(x * params['params']['w']), (batch_stats, None)
+
+    params = {
+        'params': {'w': jnp.ones(())},
+        '_overwrite_with_gradient': {'size': jnp.ones(())},
+    }
+    batch = jnp.array([1.0, 1.0, 1.0, 100.0])
+    for number in (1, 4):
+        state = vsam_jax.linen.TrainState(
+            step=jnp.zeros((), jnp.int32),
+            apply_fn=None,
+            params=params,
+            tx=vsam_jax.sam(0.1),
+            opt_state=vsam_jax.sam(0.1).init(params['params']),
+            batch_stats={},
+            dropout_key=None,
+            dynamic_scale=None,
+        )
+        step = vsam_jax.linen.make_train_step(loss_fn, num_micro_batches=number)
+        new, _ = jax.jit(step)(state, batch)
+        assert float(new.params['_overwrite_with_gradient']['size']) == 100.0

@@ -405,7 +405,7 @@ def _cache_size(program: Any) -> int | None:
     for name in ('jitted_fn', '_cached'):
         function = getattr(function, name, function)
     size: Any = getattr(function, '_cache_size', None)
-    return size() if callable(size) else None
+    return None if size is None else size()
 
 
 def _specialize(

@@ -10,25 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
-from flax.training.dynamic_scale import DynamicScale
 
 import vsam_jax
 from tests import problems
+from tests.library.built_runs import (
+    assert_same_run,
+    mean_loss,
+    optimizer,
+    run_linen,
+    run_nnx,
+)
 from vsam_jax import checkpoint
 
 STEPS = 8
-
-
-def mean_loss(params, batch):
-    return jax.vmap(problems.toy_loss, (None, 0))(params, batch).mean()
-
-
-def optimizer(name: str) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(problems.METHODS[name](0.1), optax.sgd(0.05, momentum=0.9))
 
 
 @functools.cache
@@ -47,64 +43,18 @@ def by_hand(name: str) -> tuple[Any, Any]:
     return state
 
 
-def run_linen(name: str, planned: bool, scaled: bool, **options: Any) -> Any:
-    def loss_fn(params, batch_stats, batch, key):
-        del key
-        return mean_loss(params, batch), (batch_stats, None)
-
-    state = vsam_jax.linen.TrainState.create(
-        apply_fn=None,
-        params=problems.toy_params(jnp.float64),
-        tx=optimizer(name),
-        dynamic_scale=DynamicScale() if scaled else None,
-    )
-    train_step = vsam_jax.linen.make_train_step(loss_fn, **options)
-    step = (vsam_jax.PlannedStep if planned else jax.jit)(train_step)
-    for batch in batches():
-        state, _ = step(state, batch)
-    return state.params, state.opt_state
-
-
-class Weights(nnx.Module):
-    def __init__(self):
-        for name, value in problems.toy_params(jnp.float64).items():
-            setattr(self, name, nnx.Param(value))
-
-
-def run_nnx(name: str, planned: bool, scaled: bool, **options: Any) -> Any:
-    def loss_fn(model, batch):
-        params = {'bias': model.bias[...], 'kernel': model.kernel[...]}
-        return mean_loss(params, batch), None
-
-    model = Weights()
-    scale = DynamicScale() if scaled else None
-    optim = vsam_jax.nnx.Optimizer(
-        model, optimizer(name), wrt=nnx.Param, dynamic_scale=scale
-    )
-    step = nnx.jit(vsam_jax.nnx.make_train_step(loss_fn, **options))
-    step = vsam_jax.PlannedStep(step) if planned else step
-    for batch in batches():
-        step(model, optim, batch)
-    params = {'bias': model.bias[...], 'kernel': model.kernel[...]}
-    return params, nnx.as_pure(optim.opt_state)
-
-
-def assert_same_run(actual: Any, expected: Any, atol: float) -> None:
-    # NNX has states of its own where optax has trees like the parameters.
-    for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        np.testing.assert_allclose(a, e, atol=atol, rtol=0)
-
-
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('framework', [run_linen, run_nnx])
 @pytest.mark.parametrize('name', problems.METHODS)
 class TestBuiltSteps:
     def test_micro_batches_are_the_whole_mini_batch_traced(self, name, framework):
-        run = framework(name, planned=False, scaled=False, num_micro_batches=2)
+        run = framework(
+            name, batches(), planned=False, scaled=False, num_micro_batches=2
+        )
         assert_same_run(run, by_hand(name), atol=1e-12)
 
     def test_a_loss_scale_does_not_show_planned(self, name, framework):
-        run = framework(name, planned=True, scaled=True)
+        run = framework(name, batches(), planned=True, scaled=True)
         # Flax gives what it divides the scale out of in float32.
         assert_same_run(run, by_hand(name), atol=1e-5)
 

@@ -9,25 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
 from tests import problems
+from tests.library.built_runs import (
+    assert_same_run,
+    mean_loss,
+    optimizer,
+    run_linen,
+    run_nnx,
+)
 from vsam_jax import _portions
 
 STEPS = 8
 SLICEABLE = [name for name in problems.METHODS if name != 'looksam']
-
-
-def mean_loss(params, batch):
-    return jax.vmap(problems.toy_loss, (None, 0))(params, batch).mean()
-
-
-def optimizer(name: str) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(problems.METHODS[name](0.1), optax.sgd(0.05, momentum=0.9))
 
 
 @functools.cache
@@ -58,11 +55,6 @@ def by_hand(name: str) -> tuple[Any, Any]:
     for batch in batches():
         state, _ = step(state, batch)
     return state
-
-
-def assert_same_run(actual: Any, expected: Any, atol: float = 1e-12) -> None:
-    for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
-        np.testing.assert_allclose(a, e, atol=atol, rtol=0)
 
 
 # --- The formula --------------------------------------------------------------
@@ -188,54 +180,13 @@ def test_looksam_says_why_it_takes_no_slices():
 # --- Builders -----------------------------------------------------------------
 
 
-def run_linen(name: str, planned: bool, scaled: bool, **options: Any) -> Any:
-    def loss_fn(params, batch_stats, batch, key):
-        del key
-        return mean_loss(params, batch), (batch_stats, None)
-
-    state = vsam_jax.linen.TrainState.create(
-        apply_fn=None,
-        params=problems.toy_params(jnp.float64),
-        tx=optimizer(name),
-        dynamic_scale=DynamicScale() if scaled else None,
-    )
-    train_step = vsam_jax.linen.make_train_step(loss_fn, **options)
-    step = (vsam_jax.PlannedStep if planned else jax.jit)(train_step)
-    for batch in batches():
-        state, _ = step(state, batch)
-    return state.params, state.opt_state
-
-
-class Weights(nnx.Module):
-    def __init__(self):
-        for name, value in problems.toy_params(jnp.float64).items():
-            setattr(self, name, nnx.Param(value))
-
-
-def run_nnx(name: str, planned: bool, scaled: bool, **options: Any) -> Any:
-    def loss_fn(model, batch):
-        params = {'bias': model.bias[...], 'kernel': model.kernel[...]}
-        return mean_loss(params, batch), None
-
-    model, scale = Weights(), DynamicScale() if scaled else None
-    optim = vsam_jax.nnx.Optimizer(
-        model, optimizer(name), wrt=nnx.Param, dynamic_scale=scale
-    )
-    step = nnx.jit(vsam_jax.nnx.make_train_step(loss_fn, **options))
-    step = vsam_jax.PlannedStep(step) if planned else step
-    for batch in batches():
-        step(model, optim, batch)
-    params = {'bias': model.bias[...], 'kernel': model.kernel[...]}
-    return params, nnx.as_pure(optim.opt_state)
-
-
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('framework', [run_linen, run_nnx])
 @pytest.mark.parametrize('name', ['vsam', 'sam', 'steady_vsam'])
 def test_built_steps_take_every_kth_example(name, framework):
-    run = framework(name, planned=False, scaled=False, psf_share=1 / 4)
+    run = framework(name, batches(), planned=False, scaled=False, psf_share=1 / 4)
     assert_same_run(run, by_hand(name))
-    run = framework(name, planned=True, scaled=True, psf_share=0.25)
+    run = framework(name, batches(), planned=True, scaled=True, psf_share=0.25)
     assert_same_run(run, by_hand(name), atol=1e-5)
 
 

@@ -42,6 +42,16 @@ def axes_of(axis_name: Any) -> Axes:
     return axes
 
 
+def check_per_device(per_device: Any, axis_name: AxisName) -> bool:
+    """Returns ``per_device``; raises where there are no devices to tell apart."""
+    if _checks.flag('per_device', per_device) and not axis_name:
+        raise ValueError(
+            f'per_device must be False where axis_name is {axis_name!r}, got True: name'
+            ' the axis of shard_map or pmap that runs over the devices.'
+        )
+    return per_device
+
+
 def check_told(axis_name: AxisName, name: str, values: PyTree, params: PyTree) -> None:
     """Raises where replicas would part in silence, because no axis was named.
 

@@ -37,13 +37,15 @@ class PlannedStep:
     *Contract.* The state that a call returns goes into the next call, and each call
     updates it once: to skip a bad update put the guard after vsam, as in
     ``chain(vsam(...), apply_if_finite(sgd(...), ...))``, never around it. A step that
-    updates several times (a scan of steps) is refused before it runs; jit it as it is,
-    or plan the step inside. The plan is read once a window (K steps), which waits for
-    the step before; between two readings the host does not wait for the device. A
-    state that did not come from the last call (a restored checkpoint, another run) is
-    noticed by the identity of its step counter, without a synchronisation, and its
-    plan is read anew, from the middle of a window too. (Code that copies the whole
-    state between two calls makes the host read at every step; ``num_reads`` shows it.)
+    updates several times (a scan of steps) is refused before it runs, or right after
+    the call where it could not be looked at before (``eqx.filter_jit``, a longer scan
+    in a later call); jit it as it is, or plan the step inside. The plan is read once a
+    window (K steps), which waits for the step before; between two readings the host
+    does not wait for the device. A state that did not come from the last call (a
+    restored checkpoint, another run) is noticed by the identity of its step counter,
+    without a synchronisation, and its plan is read anew, from the middle of a window
+    too. (Code that copies the whole state between two calls makes the host read at
+    every step; ``num_reads`` shows it.)
 
     *Several processes.* Each of them picks the program by its own copy of the
     plan, and all pick the same one: the plan is a function of seed, window and
@@ -171,7 +173,7 @@ class PlannedStep:
         if not continues:
             _check_alive(leaves[layout.counter])
         args, kwargs = self._own(args, kwargs, leaves, layout, continues)
-        window = self._current_window(args, kwargs, leaves, layout, continues)
+        window = self._current_window(leaves, layout, continues)
         sample = window.plan[window.taken] if sample is None else sample
         program = self._compiled(sample, layout)
         counts = self._check_program(program, sample, layout, args, kwargs)
@@ -278,12 +280,7 @@ class PlannedStep:
         return args, kwargs | dict(zip(given, by_name, strict=True))
 
     def _current_window(
-        self,
-        args: Any,
-        kwargs: Any,
-        leaves: list[Any],
-        layout: '_Layout',
-        continues: bool,
+        self, leaves: list[Any], layout: '_Layout', continues: bool
     ) -> '_Window':
         """The window that the next step belongs to, read if it is not known."""
         window = self._window

@@ -69,14 +69,9 @@ class Builder:
             self,
             num_micro_batches=_checks.integer('num_micro_batches', number, low=1),
             axis_name=_checks.axis_name('axis_name', self.axis_name),
-            per_device=_checks.flag('per_device', self.per_device),
+            per_device=_collectives.check_per_device(self.per_device, self.axis_name),
         )
         _portions.parts_of(self.psf_share)
-        if self.per_device and not self.axis_name:
-            raise ValueError(
-                f'per_device must be False where axis_name is {self.axis_name!r}, got'
-                ' True: name the axis of shard_map or pmap that runs over the devices.'
-            )
 
     @property
     def axes(self) -> _collectives.Axes:

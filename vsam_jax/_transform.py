@@ -163,7 +163,7 @@ class _Method:
         """The direction and the next state, see :func:`vsam_jax.vsam`."""
         del extra_args
         axes = _collectives.axes_of(axis_name)
-        _check_per_device(per_device, axis_name)
+        _collectives.check_per_device(per_device, axis_name)
         self._check_slice(psf_grad_fn)
         second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
         _check_update(updates, state, params, second_fn, sample)
@@ -420,14 +420,6 @@ def _check_value(name: str, value: Any) -> None:
             f'{name} must be a real scalar, the loss, got an array of shape'
             f' {jnp.shape(value)} and dtype {jnp.result_type(value)}. Does the loss'
             ' function return more (has_aux)? Give the loss alone.'
-        )
-
-
-def _check_per_device(per_device: Any, axis_name: _collectives.AxisName) -> None:
-    if _checks.flag('per_device', per_device) and not axis_name:
-        raise ValueError(
-            f'per_device must be False where axis_name is {axis_name!r}, got True: name'
-            ' the axis of shard_map or pmap that runs over the devices.'
         )
 
 

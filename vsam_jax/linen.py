@@ -237,8 +237,8 @@ def make_train_step(
         ``train_step(state, batch, *, sample=None) -> (state, aux)``, pure and not
         jitted: ``jax.jit(train_step, donate_argnums=0)``, or give it to
         :class:`vsam_jax.PlannedStep`. ``aux`` comes from the first pass. It works with
-        any optax optimizer; one that takes no second gradient never calls for it. It
-        raises a ``ValueError`` for ``optax.MultiSteps`` around a method of this
+        any optax optimizer; ``grad_fn`` is given to the methods of this package alone.
+        It raises a ``ValueError`` for ``optax.MultiSteps`` around a method of this
         package, whose second gradient would be that of the last part alone:
         ``num_micro_batches`` is for that.
 

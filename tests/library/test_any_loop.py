@@ -143,9 +143,8 @@ def test_modules_of_equinox_pass(xs, traced):
         value, grads = eqx.filter_value_and_grad(of_model)(model)
         params, static = eqx.partition(model, eqx.is_array)
         grad_fn = lambda p: jax.grad(lambda p: of_model(eqx.combine(p, static)))(p)
-        tx_state, updates = opt_state, None
-        updates, tx_state = TX.update(grads, opt_state, params, grad_fn=grad_fn)
-        return eqx.apply_updates(model, updates), tx_state, value
+        updates, opt_state = TX.update(grads, opt_state, params, grad_fn=grad_fn)
+        return eqx.apply_updates(model, updates), opt_state, value
 
     for planned in (
         vsam_jax.PlannedStep(step, jit=eqx.filter_jit),

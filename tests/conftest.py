@@ -11,6 +11,17 @@ from jax.experimental.compilation_cache import compilation_cache
 # Before the first computation: tests of shardings need more than one device.
 jax.config.update('jax_num_cpu_devices', 8)
 
+# Compiling takes longer than running here: as little of it as XLA allows, a fifth of
+# the time. Settings of the caller come last, so they hold.
+COMPILE_LITTLE = [
+    '--xla_cpu_parallel_codegen_split_count=1',
+    '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true',
+]
+if jax.__version_info__ < (0, 12):  # From there on the flag is not known.
+    COMPILE_LITTLE.append('--xla_cpu_use_fusion_emitters=false')
+os.environ['XLA_FLAGS'] = ' '.join([*COMPILE_LITTLE, os.environ.get('XLA_FLAGS', '')])
+
 # What was compiled once is read again, in later runs and in processes of tests too.
 CACHE = {
     'jax_compilation_cache_dir': f'{pathlib.Path(__file__).parents[1]}/.jax_cache',

@@ -72,7 +72,8 @@ def test_a_step_written_by_hand_has_the_convolutions_of_jax(monkeypatch):
     problem = problems.PROBLEMS['tiny_convolutions']()
     runners = jax_steps.runners(problem, (variants.BASE, variants.BY_HAND))
     texts = [runner._calls[0].executable.as_text() for runner in runners.values()]
-    assert [' while(' in text for text in texts] == [True, False]
+    built, by_hand = (text.count(' while(') for text in texts)
+    assert built > by_hand
     # Not those of one round of a loop.
     built, by_hand = (runner.flops for runner in runners.values())
     assert built == by_hand

@@ -23,12 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what the arguments say."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=pathlib.Path, required=True)
-    default = [name for name in tasks.TASKS if name != 'transformer_300']
-    parser.add_argument('--tasks', type=_names(tasks.TASKS), default=default)
+    parser.add_argument(
+        '--tasks', type=_names(tasks.TASKS), default=list(tasks.TASKS)
+    )
     parser.add_argument(
         '--methods', type=_names(methods.METHODS), default=list(methods.METHODS)
     )
-    parser.add_argument('--seeds', type=int, default=30, help='how many are reported')
+    parser.add_argument('--seeds', type=int, default=50, help='how many are reported')
     parser.add_argument(
         '--check', action='store_true', help='SGD and SAM as the trainer runs them'
     )

@@ -36,6 +36,7 @@ class Method:
             or as the plan of each run says.
         parts: the PSF is that of one in so many examples.
         momentum: whether it is MSAM.
+        radii: its radii, as multiples of those that SAM is tuned over.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Method:
     every: int | None = None
     parts: int = 1
     momentum: bool = False
+    radii: float = 1.0
 
     @property
     def gradients(self) -> float | None:
@@ -75,7 +77,9 @@ def _slice(parts: int, every: int, tolerance: float = 0.3) -> Method:
     title = f'1/{parts} of the examples, every {_ordinal(every)}step'
     title += '' if tolerance == 0.3 else f', η = {tolerance}'
     direction = _sam if every == 1 else _steady(every, tolerance)
-    return Method(title, direction, every=every, parts=parts)
+    # ρ / √p, to the next half or quarter: there the best radii of a first run were.
+    radii = {2: 0.7, 4: 0.5, 8: 0.35, 16: 0.25}[parts]
+    return Method(title, direction, every=every, parts=parts, radii=radii)
 
 
 def _ordinal(number: int) -> str:
@@ -87,7 +91,7 @@ METHODS = {
     # The others are compared with these two.
     'sam': Method('SAM', _sam, every=1),
     'sgd': Method('SGD'),
-    'msam': Method('MSAM', momentum=True),
+    'msam': Method('MSAM', momentum=True, radii=2.0),
     'steady_03': Method('steady vSAM, η = 0.3', _steady(3), every=3),
     'steady_05': Method('steady vSAM, η = 0.5', _steady(3, 0.5), every=3),
     'vsam': Method('vSAM', _published),

@@ -95,8 +95,7 @@ def pairs_of(task: Task, name: str) -> list[Pair]:
     """The pairs of radius and learning rate that a method is tuned over."""
     if name == 'sgd':
         return [(0.0, rate) for rate in task.sgd_rates]
-    scale = 0.5 if methods.METHODS[name].parts > 1 else 1.0
-    radii = [scale * rho for rho in task.radii]
+    radii = [methods.METHODS[name].radii * rho for rho in task.radii]
     return list(itertools.product(radii, task.rates))
 
 

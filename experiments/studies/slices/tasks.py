@@ -26,8 +26,7 @@ class Task:
         title: how it is called in tables.
         config: the task of ``experiments/configs/controllers.py`` that it comes from;
             of that are data, share of wrong labels, network and base optimizer.
-        radii: ρ of all methods but SGD; slices have half of each, for a first run
-            chose the least of these for them.
+        radii: ρ of SAM; other methods have multiples of them (``Method.radii``).
         rates: learning rates of all methods but SGD.
         sgd_rates: those of SGD.
         batch_size: how many examples a mini-batch holds. 96 is the number nearest to
@@ -55,16 +54,16 @@ class Task:
 
 
 _NOISY = {
-    'radii': (0.5, 1.0, 1.4, 2.0, 2.8),
-    'rates': (0.03, 0.1, 0.3),
-    'sgd_rates': (0.001, 0.003, 0.007, 0.02, 0.1),
+    'radii': (0.5, 0.7, 1.0, 1.4, 2.0),
+    'rates': (0.02, 0.06, 0.2),
+    'sgd_rates': (0.0003, 0.001, 0.003, 0.01, 0.03),
 }
 TASKS = {
     'mlp_600': Task('MLP, 600 steps, 40 % wrong', 'mlp_600', **_NOISY),
     'clean_600': Task(
         'MLP, 600 steps, right labels',
         'clean_600',
-        radii=(0.25, 0.5, 1.0, 1.4, 2.0),
+        radii=(0.06, 0.12, 0.25, 0.5, 1.0),
         rates=(0.03, 0.1, 0.3),
         sgd_rates=(0.01, 0.03, 0.1, 0.3, 1.0),
     ),

@@ -12,9 +12,12 @@ from vsam_jax import (
     sharding,
     statistics,
 )
+from vsam_jax._family import aesam, asyncsam, fsam, gsam, vasso, wsam
 from vsam_jax._methods import asam, looksam, sam, steady_vsam, vsam
 from vsam_jax._metrics import metrics
+from vsam_jax._momentum import MSAMState, msam, msam_eval_params
 from vsam_jax._planned import PlannedStep
+from vsam_jax._schedules import rho_schedule
 from vsam_jax._state import VSAMState
 from vsam_jax._transform import sharpness_aware
 
@@ -24,24 +27,34 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 
 __all__ = [
+    'MSAMState',
     'PlannedStep',
     'VSAMState',
+    'aesam',
     'asam',
+    'asyncsam',
     'checkpoint',
     'convolutions',
+    'fsam',
+    'gsam',
     'linen',
     'looksam',
     'metrics',
+    'msam',
+    'msam_eval_params',
     'nnx',
     'perturbation',
     'reuse',
+    'rho_schedule',
     'sam',
     'sampling',
     'sharding',
     'sharpness_aware',
     'statistics',
     'steady_vsam',
+    'vasso',
     'vsam',
+    'wsam',
 ]
 
 

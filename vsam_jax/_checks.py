@@ -59,7 +59,9 @@ def real(
 ) -> float:
     """Returns ``value`` as a float in [low, high], or raises."""
     _reject_array(name, value)
-    if high == float(np.finfo(np.float32).max):
+    if low == -math.inf:
+        allowed = 'a finite number'
+    elif high == float(np.finfo(np.float32).max):
         allowed = f'a finite number {">" if open_low else ">="} {low:g}'
     else:
         allowed = f'a number in {"(" if open_low else "["}{low:g}, {high:g}]'

@@ -17,7 +17,6 @@ import optax
 from jax import core, lax
 
 from vsam_jax import convolutions
-from vsam_jax._state import VSAMState
 
 T = TypeVar('T')
 
@@ -29,13 +28,14 @@ def decided(sample: bool | None) -> contextlib.AbstractContextManager[Any]:
     return _context(sample)
 
 
-def resolve(sample: Any, state: VSAMState, *, always: bool) -> bool | jax.Array:
+def resolve(
+    sample: Any, rule: Callable[[], jax.Array], *, always: bool
+) -> bool | jax.Array:
     """What decides this step: a Python bool (planned) or a traced bool.
 
     Args:
-        sample: the caller's decision: None follows the context's, or else the plan in
-            the state.
-        state: holds the plan.
+        sample: the caller's decision: None follows the context's, or else the rule's.
+        rule: says what the sampling rule does, by the plan or by the gradient.
         always: whether every step is sampled anyway.
 
     Returns:
@@ -44,7 +44,7 @@ def resolve(sample: Any, state: VSAMState, *, always: bool) -> bool | jax.Array:
     if sample is None:
         sample = _context.value
     if sample is None:
-        return True if always else _planned(state)
+        return True if always else _known(rule())
     if isinstance(sample, (bool, np.bool_)):
         return bool(sample)
     if isinstance(sample, (jax.Array, np.ndarray)) and sample.dtype == jnp.bool_:
@@ -71,10 +71,9 @@ def choose(
     return jax.lax.cond(sample, convolutions.canonical(sampled), unsampled)
 
 
-def _planned(state: VSAMState) -> bool | jax.Array:
-    planned = state.plan[state.position]
+def _known(decision: jax.Array) -> bool | jax.Array:
     # Outside of all tracing a conditional would be compiled anew at every step.
-    return planned if _is_traced(planned) else bool(planned)
+    return decision if _is_traced(decision) else bool(decision)
 
 
 def _is_traced(x: jax.Array) -> bool:

@@ -50,7 +50,9 @@ def metrics(state: Any) -> dict[str, jax.Array]:
         >>> print(f"{log['sampling_rate']:.2f} {log['grad_norm']:.1f}")
         0.50 4.0
     """
-    small = only_state(state)._replace(psf=None, rings=None)
+    small = only_state(state)._replace(
+        psf=None, rings=None, perturbation_memory=None, sampling_memory=None
+    )
     # The fields are arrays, or variables of NNX with an array each.
     fields = small._asdict().items()
     arrays: dict[str, Any] = {

@@ -294,6 +294,12 @@ class PlannedStep:
                 ' to the function that builds it, or put optax.MultiSteps around what'
                 ' comes after the method.'
             )
+        if layout.decides:
+            raise ValueError(
+                'The state must hold a method that plans its samples, got one that'
+                ' decides from the gradient of each step (aesam): nobody knows'
+                ' beforehand. Jit train_step as it is, jax.jit(train_step).'
+            )
         assert layout.counter is not None
         new = _Window.read(*leaves[layout.counter : layout.counter + 3])
         self.num_reads += 1
@@ -485,6 +491,7 @@ class _Layout(NamedTuple):
         places: of the arguments in which it stands.
         names: of those given by name.
         is_accumulated: whether ``optax.MultiSteps`` stands around the method.
+        decides: whether the method decides from the gradient, without a plan.
     """
 
     structure: Any
@@ -492,6 +499,7 @@ class _Layout(NamedTuple):
     places: tuple[int, ...]
     names: tuple[str, ...]
     is_accumulated: bool
+    decides: bool
 
     @classmethod
     def of(cls, args: Any, kwargs: Any, structure: Any) -> '_Layout':
@@ -505,6 +513,7 @@ class _Layout(NamedTuple):
             places=tuple(i for i, x in enumerate(args) if states_in(x)),
             names=tuple(name for name, x in kwargs.items() if states_in(x)),
             is_accumulated=is_accumulated((args, kwargs)),
+            decides=any(nodes[i].sampling_memory is not None for i in found),
         )
 
 

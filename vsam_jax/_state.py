@@ -42,6 +42,11 @@ class VSAMState(NamedTuple):
         num_samples: int32 scalar, how many updates took a second gradient.
         num_rejected: int32 scalar, how many of those were not finite and were
             therefore neither kept nor counted in the statistics.
+        perturbation_memory: what the perturbation keeps from step to step, for
+            instance an average of gradients; None in methods whose ε depends on the
+            latest gradient alone.
+        sampling_memory: what the sampling rule keeps where it decides by the latest
+            gradient instead of a plan; None in the others.
     """
 
     step: jax.Array
@@ -57,6 +62,8 @@ class VSAMState(NamedTuple):
     sampled: jax.Array
     num_samples: jax.Array
     num_rejected: jax.Array
+    perturbation_memory: Any = None
+    sampling_memory: Any = None
 
 
 def is_state(node: Any) -> bool:

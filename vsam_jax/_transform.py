@@ -8,6 +8,7 @@ an optax transformation; it knows none of them by name.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +73,8 @@ def sharpness_aware(
     if not callable(perturbation):
         raise TypeError(
             'perturbation must be a function of (grads, params, rho), such as'
-            f' perturbation.l2_ascent, got {perturbation!r}.'
+            ' perturbation.l2_ascent, or a perturbation.StatefulPerturbation, got'
+            f' {perturbation!r}.'
         )
     _checks.instance('sampling', sampling, SamplingRule, 'sampling.Periodic(5)')
     _checks.instance('reuse', reuse, ReuseRule, 'reuse.NoReuse()')
@@ -144,6 +146,8 @@ class _Method:
             sampled=jnp.zeros((), jnp.bool_),
             num_samples=jnp.zeros((), jnp.int32),
             num_rejected=jnp.zeros((), jnp.int32),
+            perturbation_memory=perturbations.init(self.perturbation, params),
+            sampling_memory=rule.init_memory(dtype),
         )
 
     def update(
@@ -169,10 +173,12 @@ class _Method:
         _check_update(updates, state, params, second_fn, sample)
         _collectives.check_told(axis_name, 'the gradient', updates, params)
         _collectives.check_own('updates', updates, axes)
-        sample = _decision.resolve(sample, state, always=self.sampling.always)
         # From here on every number is the same on all devices, the plan too, but
         # for what the second pass sees and returns.
         grads = _collectives.mean(updates, axes)
+        before = state
+        state, rule = self._observe(grads, params, before)
+        sample = _decision.resolve(sample, rule, always=self.sampling.always)
 
         def sampled() -> _Outcome:
             assert second_fn is not None
@@ -180,7 +186,7 @@ class _Method:
             first = _Pass(value, updates)
             if psf_grad_fn is not None:
                 first = _pass_of(psf_grad_fn, updates, own)
-            two = self._two_passes(first, second_fn, own, state.step, axes, per_device)
+            two = self._two_passes(first, second_fn, own, before, axes, per_device)
             is_slice = psf_grad_fn is not None
             return self._accept(grads, two, state, params, sample, is_slice)
 
@@ -204,12 +210,44 @@ class _Method:
             outcome = outcome._replace(memory=kept)
         return direction, self._advance(state, outcome, taken)
 
+    def _observe(
+        self, grads: PyTree, params: PyTree, state: VSAMState
+    ) -> tuple[VSAMState, Callable[[], jax.Array]]:
+        """What rules with a memory of their own make of the gradient of any step.
+
+        A gradient that is not finite leaves their memories as they are.
+
+        Returns:
+            The state with these memories, and what says whether the step is sampled.
+        """
+        decided = lambda: state.plan[state.position]
+        if state.perturbation_memory is not None:
+            mask = _checks.resolve_mask('perturb_mask', self.perturb_mask, params)
+            memory = perturbations.observe(
+                self.perturbation, grads, state.perturbation_memory, mask
+            )
+            finite = jnp.isfinite(_numerics.wide_norm(grads))
+            memory = _kept(finite, memory, state.perturbation_memory)
+            state = state._replace(perturbation_memory=memory)
+        if state.sampling_memory is not None:
+            measured = _checks.resolve_mask('stats_mask', self.stats_mask, params)
+            norm = _numerics.wide_norm(
+                perturbations.select(grads, measured), state.budget.dtype
+            )
+            norm = jax.lax.stop_gradient(norm)
+            wanted, memory = self.sampling.decide(state.sampling_memory, norm)
+            finite = jnp.isfinite(norm)
+            memory = _kept(finite, memory, state.sampling_memory)
+            state = state._replace(sampling_memory=memory)
+            decided = lambda: wanted & finite
+        return state, decided
+
     def _two_passes(
         self,
         first: '_Pass',
         grad_fn: GradFn,
         params: PyTree,
-        step: jax.Array,
+        state: VSAMState,
         axes: _collectives.Axes,
         per_device: bool,
     ) -> '_Sample':
@@ -219,14 +257,14 @@ class _Method:
             first: each device's own first pass.
             grad_fn: takes another one.
             params: w, each device's own copy.
-            step: the number of updates made.
+            state: before this update.
             axes: to average over.
             per_device: whether ε is of each device's own gradient.
 
         Returns:
             The means over all devices. At ρ = 0 both gradients are the same bits.
         """
-        radius = self.rho(step) if callable(self.rho) else self.rho
+        radius = self.rho(state.step) if callable(self.rho) else self.rho
         radius = jnp.asarray(radius, _numerics.statistics_dtype(params))
         grads = _collectives.mean(first.grads, axes)
         mask = _checks.resolve_mask('perturb_mask', self.perturb_mask, params)
@@ -234,7 +272,14 @@ class _Method:
         second = _pass_of(
             grad_fn,
             first.grads,
-            perturbations.perturb(self.perturbation, ascent, params, radius, mask),
+            perturbations.perturb(
+                self.perturbation,
+                ascent,
+                params,
+                radius,
+                mask,
+                state.perturbation_memory,
+            ),
         )
         # The second pass may round differently from the first.
         at_zero = lambda g, g_sam: jnp.where(radius == 0, g, g_sam)
@@ -346,10 +391,12 @@ class _Method:
             sampled=taken,
             num_samples=state.num_samples + taken.astype(jnp.int32),
             num_rejected=state.num_rejected + rejected.astype(jnp.int32),
+            perturbation_memory=state.perturbation_memory,
+            sampling_memory=state.sampling_memory,
         )
 
     def _check_slice(self, psf_grad_fn: GradFn | None) -> None:
-        if psf_grad_fn is not None and not getattr(self.reuse, 'takes_slices', True):
+        if psf_grad_fn is not None and not self.reuse.takes_slices:
             raise ValueError(
                 f'psf_grad_fn must not be given to {type(self.reuse).__name__}'
                 ' (looksam), whose memory is the part of g_SAM orthogonal to g: where'

@@ -4,24 +4,59 @@ A perturbation maps a gradient g, the parameters w and a radius ρ to ε. Method
 of the SAM family differ in it by the geometry in which ε has the length ρ.
 """
 
+import abc
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from vsam_jax import _checks, _numerics
 from vsam_jax._types import PyTree
 
 __all__ = [
+    'Along',
+    'MeanState',
     'Perturbation',
+    'StatefulPerturbation',
     'all_but_biases',
+    'delayed',
     'elementwise_ascent',
     'l2_ascent',
+    'normalization_layers',
     'perturb',
+    'running_mean',
+    'unified_ascent',
+    'without_mean',
 ]
 
-Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree]
+
+class StatefulPerturbation(abc.ABC):
+    """A perturbation with a memory, an average of gradients for instance.
+
+    The memory is a tree of arrays. It is updated with the gradient of every step,
+    sampled or not; a gradient that is not finite leaves it as it is. Gradients come in
+    float32 or wider, at zero where ``perturb_mask`` is False.
+    """
+
+    @abc.abstractmethod
+    def init(self, params: PyTree) -> PyTree:
+        """The memory before the first step; ``params`` are in float32 or wider."""
+
+    @abc.abstractmethod
+    def observe(self, grads: PyTree, memory: PyTree) -> PyTree:
+        """The memory after a step with the gradient ``grads``."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, grads: PyTree, params: PyTree, rho: jax.Array, memory: PyTree
+    ) -> PyTree:
+        """ε; ``memory`` is that of before this step."""
+
+
+Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree] | StatefulPerturbation
 
 # Keeps ε finite at ‖g‖ = 0; the reference implementation's value.
 _NORM_FLOOR = 1e-12
@@ -107,6 +142,230 @@ def elementwise_ascent(
     return ascent
 
 
+def unified_ascent(normalization: float) -> Perturbation:
+    r"""Unified SAM's perturbation, between a step along g and one of length ρ.
+
+    .. math:: ε = ρ \, \Big(1 - λ + \frac{λ}{‖g‖_2 + 10^{-12}}\Big) \, g
+
+    Args:
+        normalization: λ in [0, 1]: 1 is SAM, 0 is the unnormalized form (USAM), whose ε
+            is long where the gradient is.
+
+    Returns:
+        A perturbation.
+
+    References:
+        Oikonomou and Loizou, `Sharpness-Aware Minimization: General Analysis and
+        Improved Rates <https://arxiv.org/abs/2503.02225>`_, 2025
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import perturbation
+        >>> g = jnp.array([3.0, 4.0])
+        >>> for normalization in (0.0, 0.5, 1.0):
+        ...   print(perturbation.unified_ascent(normalization)(g, g, 0.5))
+        [1.5 2. ]
+        [0.9 1.2]
+        [0.3 0.4]
+    """
+    normalization = _checks.real('normalization', normalization, high=1.0)
+
+    def ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
+        return jax.tree.map(
+            lambda e, g: normalization * e + (1 - normalization) * rho * g,
+            l2_ascent(grads, params, rho),
+            jax.tree.map(_numerics.widen, grads),
+        )
+
+    return ascent
+
+
+@dataclasses.dataclass(frozen=True)
+class Along(StatefulPerturbation):
+    """Climbs along a transformed gradient, an average for instance, instead of g.
+
+    The transformation sees the gradient of every step.
+
+    Attributes:
+        transformation: any optax transformation of gradients.
+        perturbation: makes ε of what comes out of it.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, vsam_jax
+        >>> from vsam_jax import perturbation, reuse, sampling
+        >>> tx = vsam_jax.sharpness_aware(
+        ...     perturbation.Along(optax.ema(0.6, debias=False)),
+        ...     sampling.Periodic(2), reuse.DecayedDifference(0.9, 1), rho=0.1)
+        >>> w, grad_fn = jnp.ones(2), lambda w: 4 * w**3
+        >>> _, state = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(state.perturbation_memory.ema)
+        [1.6 1.6]
+    """
+
+    transformation: optax.GradientTransformation
+    perturbation: Callable[[PyTree, PyTree, jax.Array], PyTree] = l2_ascent
+
+    def init(self, params: PyTree) -> PyTree:
+        return self.transformation.init(params)
+
+    def observe(self, grads: PyTree, memory: PyTree) -> PyTree:
+        return self.transformation.update(grads, memory)[1]
+
+    def __call__(
+        self, grads: PyTree, params: PyTree, rho: jax.Array, memory: PyTree
+    ) -> PyTree:
+        along, _ = self.transformation.update(grads, memory, params)
+        return self.perturbation(along, params, rho)
+
+
+class MeanState(NamedTuple):
+    """State of :func:`running_mean` and :func:`without_mean`.
+
+    Attributes:
+        mean: m, a tree like the gradient.
+        started: bool scalar, whether there was a step.
+    """
+
+    mean: PyTree
+    started: jax.Array
+
+
+def running_mean(theta: float) -> optax.GradientTransformation:
+    r"""VaSSO's: an exponential average of gradients, for :class:`Along`.
+
+    .. math:: d_t = (1 - θ) \, d_{t-1} + θ \, g_t, \quad d_0 = g_0
+
+    (``optax.ema`` starts at zero, or divides by 1 − (1 − θ)ᵗ.)
+
+    Args:
+        theta: θ in (0, 1].
+
+    Returns:
+        An optax transformation with state :class:`MeanState`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import perturbation
+        >>> tx = perturbation.running_mean(0.5)
+        >>> state = tx.init(jnp.array(0.0))
+        >>> for g in (1.0, 2.0, 2.0):
+        ...   d, state = tx.update(jnp.array(g), state)
+        ...   print(d)
+        1.0
+        1.5
+        1.75
+    """
+    theta = _checks.real('theta', theta, high=1.0, open_low=True)
+    return _with_mean(1 - theta, lambda grads, before, after: after)
+
+
+def without_mean(sigma: float, decay: float) -> optax.GradientTransformation:
+    r"""F-SAM's: the gradient less an average of the earlier ones, for :class:`Along`.
+
+    .. math:: v_t = g_t - σ \, m_{t-1}, \quad m_t = λ \, m_{t-1} + (1 - λ) \, g_t
+
+    At the first step v = g and m becomes g.
+
+    Args:
+        sigma: σ >= 0.
+        decay: λ in [0, 1].
+
+    Returns:
+        An optax transformation with state :class:`MeanState`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import perturbation
+        >>> tx = perturbation.without_mean(1.0, 0.5)
+        >>> state = tx.init(jnp.array(0.0))
+        >>> for g in (1.0, 2.0, 2.0):
+        ...   v, state = tx.update(jnp.array(g), state)
+        ...   print(v)
+        1.0
+        1.0
+        0.5
+    """
+    sigma = _checks.real('sigma', sigma)
+    decay = _checks.real('decay', decay, high=1.0)
+    return _with_mean(
+        decay, lambda grads, before, after: optax.tree.add_scale(grads, -sigma, before)
+    )
+
+
+def _with_mean(
+    decay: float, result: Callable[[PyTree, PyTree, PyTree], PyTree]
+) -> optax.GradientTransformation:
+    """Keeps an average of gradients; gives ``result(grads, before, after)``."""
+
+    def init(params: PyTree) -> MeanState:
+        return MeanState(optax.tree.zeros_like(params), jnp.zeros((), jnp.bool_))
+
+    def update(
+        updates: PyTree, state: MeanState, params: PyTree = None
+    ) -> tuple[PyTree, MeanState]:
+        del params
+        average = lambda m, g: jnp.where(state.started, decay * m + (1 - decay) * g, g)
+        mean = jax.tree.map(average, state.mean, updates)
+        after = MeanState(mean, jnp.ones((), jnp.bool_))
+        return result(updates, state.mean, mean), after
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def delayed() -> optax.GradientTransformation:
+    """The gradient of the step before, zero at first: AsyncSAM's, for :class:`Along`.
+
+    Returns:
+        An optax transformation whose state is the latest gradient.
+    """
+    return optax.GradientTransformation(
+        lambda params: optax.tree.zeros_like(params),
+        lambda updates, state, params=None: (state, updates),
+    )
+
+
+def normalization_layers(params: PyTree) -> PyTree:
+    """A mask of the parameters of normalization layers: SAM-ON's ``perturb_mask``.
+
+    A layer counts as one if it has a parameter called ``scale``, as those of Flax have,
+    or if its name contains ``norm`` or begins with ``bn``, in any case of letters.
+
+    Args:
+        params: a tree with names (of dicts, of attributes, of ``nnx.state``).
+
+    Returns:
+        A tree of booleans like ``params``.
+
+    References:
+        Mueller et al., `Normalization Layers Are All That Sharpness-Aware Minimization
+        Needs <https://arxiv.org/abs/2306.04226>`_, 2023
+
+    Example:
+        >>> import vsam_jax
+        >>> from vsam_jax import perturbation
+        >>> tx = vsam_jax.sam(rho=0.5, perturb_mask=perturbation.normalization_layers)
+        >>> print(perturbation.normalization_layers(
+        ...     {'conv': {'kernel': 0.0}, 'layer': {'bias': 0.0, 'scale': 1.0}}))
+        {'conv': {'kernel': False}, 'layer': {'bias': True, 'scale': True}}
+    """
+    paths = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    scaled = {path[:-1] for path in paths if path[-1:] == ('scale',)}
+
+    def is_normalization(path: tuple[Any, ...], _: Any) -> bool:
+        *layer, _ = _names(path) or ('',)
+        name = layer[-1].lower() if layer else ''
+        return tuple(layer) in scaled or 'norm' in name or name.startswith('bn')
+
+    return jax.tree_util.tree_map_with_path(is_normalization, params)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names on a path, without the box of Flax or the variable at its end."""
+    if path[-1:] == (jax.tree_util.GetAttrKey('value'),):
+        path = path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
 def all_but_biases(params: PyTree) -> PyTree:
     """A mask of the tensors that are not called ``bias``, as Flax calls them.
 
@@ -121,13 +380,7 @@ def all_but_biases(params: PyTree) -> PyTree:
         >>> print(perturbation.all_but_biases({'Dense': {'bias': 0.0, 'kernel': 1.0}}))
         {'Dense': {'bias': False, 'kernel': True}}
     """
-    # What stands in a box of Flax, or in a variable, is called `value` in it.
-    boxed = jax.tree_util.GetAttrKey('value')
-
-    def is_scaled(path: tuple[Any, ...], _: Any) -> bool:
-        names = path[:-1] if path[-1:] == (boxed,) else path
-        return jax.tree_util.keystr(names[-1:], simple=True) != 'bias'
-
+    is_scaled = lambda path, _: _names(path)[-1:] != ('bias',)
     return jax.tree_util.tree_map_with_path(is_scaled, params)
 
 
@@ -137,6 +390,7 @@ def perturb(
     params: PyTree,
     rho: jax.Array,
     mask: PyTree | None = None,
+    memory: PyTree = None,
 ) -> PyTree:
     """The perturbed parameters w + ε, in the dtypes of ``params``.
 
@@ -153,20 +407,46 @@ def perturb(
         rho: ρ, a scalar.
         mask: a tree of booleans like ``params``. Tensors at False stay as they are
             and do not count in the norm: their g is zero. None perturbs all.
+        memory: that of a :class:`StatefulPerturbation`, before this step.
 
     Returns:
         A tree like ``params``.
     """
     if mask is None:
         mask = jax.tree.map(lambda _: True, grads)
-    # Zeros rather than nothing: the perturbation sees the tree that it knows.
-    picked = jax.tree.map(lambda m, g: g if m else jnp.zeros_like(g), mask, grads)
+    picked = _picked(grads, mask)
+    if isinstance(perturbation, StatefulPerturbation):
+        wide = jax.tree.map(_numerics.widen, picked)
+        ascent = perturbation(wide, params, rho, memory)
+    else:
+        ascent = perturbation(picked, params, rho)
     return jax.tree.map(
         lambda m, e, p: _numerics.add_scaled(p, 1.0, e) if m else p,
         mask,
-        perturbation(picked, params, rho),
+        ascent,
         params,
     )
+
+
+def init(perturbation: Perturbation, params: PyTree) -> PyTree:
+    """The memory of a perturbation before the first step; None if it has none."""
+    if not isinstance(perturbation, StatefulPerturbation):
+        return None
+    return perturbation.init(jax.tree.map(_numerics.widen, params))
+
+
+def observe(
+    perturbation: Perturbation, grads: PyTree, memory: PyTree, mask: PyTree | None
+) -> PyTree:
+    """The memory of a perturbation after a step with this gradient."""
+    assert isinstance(perturbation, StatefulPerturbation)
+    wide = jax.tree.map(_numerics.widen, grads)
+    return perturbation.observe(wide if mask is None else _picked(wide, mask), memory)
+
+
+def _picked(grads: PyTree, mask: PyTree) -> PyTree:
+    # Zeros rather than nothing: the perturbation sees the tree that it knows.
+    return jax.tree.map(lambda m, g: g if m else jnp.zeros_like(g), mask, grads)
 
 
 def select(tree: PyTree, mask: PyTree | None) -> PyTree:

@@ -6,8 +6,9 @@ fresh gradient, the memory and a few scalar *weights*. Only memory and weights
 pass through the branches of a conditional; the direction is formed outside.
 """
 
+import abc
 import dataclasses
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,17 @@ from vsam_jax import _checks, _numerics
 from vsam_jax._types import DTypeLike, PyTree
 
 __all__ = [
+    'Amplified',
+    'Combination',
     'DecayedDifference',
+    'Difference',
     'NoReuse',
+    'Renormalized',
     'RescaledOrthogonal',
     'ReuseRule',
     'SampleNorms',
     'SteadyDifference',
+    'SurrogateGap',
     'reuse_weight',
     'steady_weight',
 ]
@@ -42,34 +48,40 @@ class SampleNorms(NamedTuple):
     psf_norm: jax.Array
 
 
-@runtime_checkable
-class ReuseRule(Protocol):
-    """What a rule must offer; all methods are pure and traceable."""
+class ReuseRule(abc.ABC):
+    """What a rule offers; all methods are pure and traceable.
 
-    @property
-    def initial_age(self) -> int:
-        """The age of the empty memory that a run starts with."""
-        ...
+    A rule of one's own is best a subclass of :class:`Difference` (it says with what
+    weight an old PSF is reused) or of :class:`Combination` (it says what is made of the
+    two gradients, and stores nothing).
 
+    Attributes:
+        initial_age: the age of the empty memory that a run starts with.
+        takes_slices: whether g_SAM may be of other examples than g.
+    """
+
+    initial_age: int = 0
+    takes_slices: ClassVar[bool] = True
+
+    @abc.abstractmethod
     def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         """An empty memory, or None where the rule keeps none."""
-        ...
 
+    @abc.abstractmethod
     def remember(
         self, grads: PyTree, sam_grads: PyTree, memory: PyTree
     ) -> tuple[PyTree, Weights]:
         """The memory and weights of a sampled step; ``memory`` is the old one."""
-        ...
 
+    @abc.abstractmethod
     def recall(
         self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
         """The memory and weights of a step that is not sampled."""
-        ...
 
+    @abc.abstractmethod
     def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:
         """What goes on to the base optimizer, in the dtypes of ``grads``."""
-        ...
 
 
 def reuse_weight(
@@ -146,8 +158,34 @@ def steady_weight(norms: SampleNorms, *, every: int, tolerance: float) -> jax.Ar
     return jnp.minimum((total - 1) / (every - 1), 1).astype(psf_norm.dtype)
 
 
-class _Difference:
-    """What rules share whose memory is the PSF s = g_SAM − g, used with a weight."""
+class Difference(ReuseRule):
+    """The memory is the PSF s = g_SAM − g, used with a weight between samples.
+
+    A subclass has :meth:`weight`, and ``initial_age`` where an old PSF is no longer
+    reused.
+
+    Example:
+        A PSF that counts half until the next sample:
+
+        >>> import jax, jax.numpy as jnp, vsam_jax
+        >>> from vsam_jax import perturbation, reuse, sampling
+        >>> class Half(reuse.Difference):
+        ...   def weight(self, age, norms):
+        ...     return jnp.array(0.5)
+        >>> tx = vsam_jax.sharpness_aware(
+        ...     perturbation.l2_ascent, sampling.Periodic(2), Half(), rho=0.1)
+        >>> w, grad_fn = jnp.array(1.0), lambda w: w
+        >>> state = tx.init(w)
+        >>> for _ in range(2):
+        ...   direction, state = tx.update(grad_fn(w), state, w, grad_fn=grad_fn)
+        ...   print(f'{direction:.2f}')
+        1.10
+        1.05
+    """
+
+    @abc.abstractmethod
+    def weight(self, age: jax.Array, norms: SampleNorms) -> jax.Array:
+        """The weight of a PSF that is ``age`` steps old, a scalar."""
 
     def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         return _zeros(params, dtype)
@@ -158,6 +196,12 @@ class _Difference:
         psf = optax.tree.cast_like(psf_of(grads, sam_grads), memory)
         return psf, (jnp.ones((), _numerics.statistics_dtype(grads)),)
 
+    def recall(
+        self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
+    ) -> tuple[PyTree, Weights]:
+        dtype = _numerics.statistics_dtype(grads)
+        return memory, (self.weight(age, norms).astype(dtype),)
+
     def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:
         (weight,) = weights
         return jax.tree.map(
@@ -166,7 +210,7 @@ class _Difference:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecayedDifference(_Difference):
+class DecayedDifference(Difference):
     """vSAM: the memory is the PSF s = g_SAM − g, the direction g + c(a)·s.
 
     Attributes:
@@ -184,25 +228,20 @@ class DecayedDifference(_Difference):
             reuse_steps=_checks.integer(
                 'reuse_steps', self.reuse_steps, low=0, high=2**31 - 2
             ),
+            initial_age=self.reuse_steps + 1,
         )
 
-    @property
-    def initial_age(self) -> int:
-        return self.reuse_steps + 1
-
-    def recall(
-        self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
-    ) -> tuple[PyTree, Weights]:
-        del norms
-        dtype = _numerics.statistics_dtype(grads)
-        weight = reuse_weight(
-            age, decay=self.decay, reuse_steps=self.reuse_steps, dtype=dtype
+    def weight(self, age: jax.Array, norms: SampleNorms) -> jax.Array:
+        return reuse_weight(
+            age,
+            decay=self.decay,
+            reuse_steps=self.reuse_steps,
+            dtype=norms.psf_norm.dtype,
         )
-        return memory, (weight,)
 
 
 @dataclasses.dataclass(frozen=True)
-class SteadyDifference(_Difference):
+class SteadyDifference(Difference):
     """The memory is the PSF s, the direction g + w·s until the next sample.
 
     w is :func:`steady_weight` of the sample's norms. A PSF serves the steps up to
@@ -221,22 +260,16 @@ class SteadyDifference(_Difference):
             self,
             every=_checks.integer('every', self.every, low=2, high=2**30 - 1),
             tolerance=_checks.real('tolerance', self.tolerance),
+            initial_age=2 * self.every,
         )
 
-    @property
-    def initial_age(self) -> int:
-        return 2 * self.every
-
-    def recall(
-        self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
-    ) -> tuple[PyTree, Weights]:
+    def weight(self, age: jax.Array, norms: SampleNorms) -> jax.Array:
         weight = steady_weight(norms, every=self.every, tolerance=self.tolerance)
-        dtype = _numerics.statistics_dtype(grads)
-        return memory, (jnp.where(age < 2 * self.every, weight, 0).astype(dtype),)
+        return jnp.where(age < 2 * self.every, weight, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class RescaledOrthogonal:
+class RescaledOrthogonal(ReuseRule):
     r"""LookSAM: the memory is the direction of g_SAM's part orthogonal to g.
 
     On a sampled step g_SAM = κ g + g_v with κ = ⟨g_SAM, g⟩ / ‖g‖² and g_v ⊥ g. The
@@ -256,10 +289,6 @@ class RescaledOrthogonal:
 
     def __post_init__(self):
         _checks.assign(self, gain=_checks.real('gain', self.gain))
-
-    @property
-    def initial_age(self) -> int:
-        return 0
 
     def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
         return _zeros(params, dtype)
@@ -302,13 +331,30 @@ class RescaledOrthogonal:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class NoReuse:
-    """SAM: g_SAM on sampled steps, g on the others; nothing is stored."""
+class Combination(ReuseRule):
+    """Nothing is stored: a direction of both gradients on sampled steps, else g.
 
-    @property
-    def initial_age(self) -> int:
-        return 0
+    A subclass has :meth:`combine`.
+
+    Example:
+        The mean of both gradients:
+
+        >>> import jax, jax.numpy as jnp, vsam_jax
+        >>> from vsam_jax import perturbation, reuse, sampling
+        >>> class Mean(reuse.Combination):
+        ...   def combine(self, grads, sam_grads):
+        ...     return jax.tree.map(lambda g, h: (g + h) / 2, grads, sam_grads)
+        >>> tx = vsam_jax.sharpness_aware(
+        ...     perturbation.l2_ascent, sampling.Periodic(1), Mean(), rho=0.1)
+        >>> w, grad_fn = jnp.array(1.0), lambda w: w
+        >>> direction, _ = tx.update(grad_fn(w), tx.init(w), w, grad_fn=grad_fn)
+        >>> print(f'{direction:.2f}')
+        1.05
+    """
+
+    @abc.abstractmethod
+    def combine(self, grads: PyTree, sam_grads: PyTree) -> PyTree:
+        """The direction, in the dtypes of ``grads``; g where the two are the same."""
 
     def init(self, params: PyTree, dtype: DTypeLike) -> None:
         del params, dtype
@@ -316,8 +362,8 @@ class NoReuse:
     def remember(
         self, grads: PyTree, sam_grads: PyTree, memory: PyTree
     ) -> tuple[PyTree, Weights]:
-        del grads, memory
-        return sam_grads, ()
+        del memory
+        return self.combine(grads, sam_grads), ()
 
     def recall(
         self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
@@ -328,6 +374,87 @@ class NoReuse:
     def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:
         del grads, weights
         return memory
+
+
+@dataclasses.dataclass(frozen=True)
+class NoReuse(Combination):
+    """SAM: g_SAM on sampled steps, g on the others."""
+
+    def combine(self, grads: PyTree, sam_grads: PyTree) -> PyTree:
+        del grads
+        return sam_grads
+
+
+@dataclasses.dataclass(frozen=True)
+class Amplified(Combination):
+    r"""The direction g + c·s; WSAM's, with c = γ / (1 − γ).
+
+    Attributes:
+        gain: c >= 0; 1 is SAM.
+    """
+
+    gain: float
+
+    def __post_init__(self):
+        _checks.assign(self, gain=_checks.real('gain', self.gain))
+
+    def combine(self, grads: PyTree, sam_grads: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda g, s: _numerics.add_scaled(g, self.gain, s),
+            grads,
+            psf_of(grads, sam_grads),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SurrogateGap(Combination):
+    r"""GSAM: g_SAM less a part of what g has orthogonal to it.
+
+    .. math:: \text{direction} = g_\text{SAM} - α \, g_⊥, \quad
+      g_⊥ = g - \frac{⟨g, g_\text{SAM}⟩}{‖g_\text{SAM}‖^2} \, g_\text{SAM}
+
+    That descends the loss at w + ε, and raises L(w) at the expense of the surrogate
+    gap L(w + ε) − L(w) alone.
+
+    Attributes:
+        alpha: α >= 0; 0 is SAM.
+    """
+
+    alpha: float
+
+    def __post_init__(self):
+        _checks.assign(self, alpha=_checks.real('alpha', self.alpha))
+
+    def combine(self, grads: PyTree, sam_grads: PyTree) -> PyTree:
+        # g_⊥ is −s without its part along g_SAM: exactly zero where s is.
+        s = psf_of(grads, sam_grads)
+        g_sam = jax.tree.map(_numerics.widen, sam_grads)
+        squared = optax.tree.norm(g_sam, squared=True)
+        inner = jnp.asarray(optax.tree.sum(optax.tree.mul(s, g_sam)))
+        along = inner / jnp.where(squared == 0, 1, squared)
+        return jax.tree.map(
+            lambda h, s, g: (h + self.alpha * (s - along * h)).astype(g.dtype),
+            g_sam,
+            s,
+            grads,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Renormalized(Combination):
+    r"""Stable SAM: g_SAM, with the length of g.
+
+    .. math:: \text{direction} = \frac{‖g‖_2}{‖g_\text{SAM}‖_2} \, g_\text{SAM}
+
+    Where ‖g_SAM‖ = 0 the direction is zero.
+    """
+
+    def combine(self, grads: PyTree, sam_grads: PyTree) -> PyTree:
+        norm, sam_norm = (_numerics.wide_norm(x) for x in (grads, sam_grads))
+        ratio = norm / jnp.where(sam_norm == 0, 1, sam_norm)
+        return jax.tree.map(
+            lambda h: (ratio * _numerics.widen(h)).astype(h.dtype), sam_grads
+        )
 
 
 def _zeros(params: PyTree, dtype: DTypeLike) -> PyTree:

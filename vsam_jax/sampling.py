@@ -12,18 +12,22 @@ is passed in and returned.
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from vsam_jax import _checks, statistics
-from vsam_jax._types import DTypeLike
+from vsam_jax._types import DTypeLike, PyTree
 from vsam_jax.statistics import Rings
 
 __all__ = [
     'AtRandom',
+    'ByGradientNorm',
     'ByVariation',
+    'GradientNorms',
     'Periodic',
     'SamplingRule',
     'next_budget',
@@ -32,46 +36,75 @@ __all__ = [
 ]
 
 
-@runtime_checkable
-class SamplingRule(Protocol):
-    """What a rule must offer; all methods are pure and traceable."""
+class SamplingRule:
+    """What a rule offers; all methods are pure and traceable.
 
-    @property
-    def window(self) -> int:
-        """K, how many steps one plan covers."""
-        ...
+    A rule of one's own is a subclass, best a frozen dataclass, with :attr:`window` and
+    :meth:`plan`. The rest has defaults, those of a rule whose budget never changes. One
+    that decides by the gradient at hand has :meth:`init_memory` and :meth:`decide`
+    instead of a plan.
 
-    @property
-    def warmup_steps(self) -> int:
-        """W, how many first steps are all sampled, before the first window."""
-        ...
+    Attributes:
+        window: K, how many steps one plan covers.
+        warmup_steps: W, how many first steps are all sampled, before the first window.
+        always: whether every step is sampled, so that no conditional is needed.
 
-    @property
-    def always(self) -> bool:
-        """Whether every step is sampled, so that no conditional is needed."""
-        ...
+    Example:
+        Two samples in a row, then eight steps without:
+
+        >>> import dataclasses, jax.numpy as jnp, vsam_jax
+        >>> from vsam_jax import perturbation, reuse, sampling
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class InPairs(sampling.SamplingRule):
+        ...   window: int = 10
+        ...   def plan(self, budget, window_index):
+        ...     return jnp.arange(self.window) < 2
+        >>> tx = vsam_jax.sharpness_aware(
+        ...     perturbation.l2_ascent, InPairs(), reuse.NoReuse(), rho=0.05)
+        >>> print(tx.init(jnp.ones(2)).plan.sum())
+        2
+    """
+
+    window: int
+    warmup_steps: int = 0
+    always: bool = False
 
     def init_rings(self, dtype: DTypeLike) -> Rings | None:
         """Empty statistics, or None where the rule keeps none."""
-        ...
+        del dtype
 
     def init_budget(self, dtype: DTypeLike) -> jax.Array:
         """The budget b that is in force before the first window, a scalar."""
-        ...
+        return jnp.zeros((), dtype)
 
     def observe(
         self, rings: Rings | None, grad_norm: jax.Array, psf_norm: jax.Array
     ) -> Rings | None:
         """The statistics after one more sample with these finite norms."""
-        ...
+        del grad_norm, psf_norm
+        return rings
 
     def next_budget(self, budget: jax.Array, rings: Rings | None) -> jax.Array:
         """The budget of the window that starts now."""
-        ...
+        del rings
+        return budget
 
     def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
         """Which steps of a window are sampled, a bool array [K]."""
-        ...
+        raise NotImplementedError(f'{type(self).__name__} must have a method plan.')
+
+    def init_memory(self, dtype: DTypeLike) -> PyTree:
+        """What :meth:`decide` keeps, before the first step; None: the plan decides."""
+        del dtype
+
+    def decide(self, memory: PyTree, grad_norm: jax.Array) -> tuple[jax.Array, PyTree]:
+        """Whether this step is sampled, a bool scalar, and the next memory.
+
+        Called on every step, where there is a memory, with ‖g‖ of that step over the
+        tensors of ``stats_mask``. If that is not finite the step is not sampled, and
+        the memory stays.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must have a method decide.')
 
 
 # --- Pure functions -----------------------------------------------------------
@@ -184,7 +217,7 @@ _MAX_WINDOW = 2**20  # The plan of a window is an array of this length.
 
 
 @dataclasses.dataclass(frozen=True)
-class ByVariation:
+class ByVariation(SamplingRule):
     """vSAM: ⌊b⌋ samples a window, b driven by how much the PSF varies.
 
     Attributes:
@@ -199,7 +232,7 @@ class ByVariation:
 
     window: int
     segments: int
-    warmup_steps: int
+    warmup_steps: int = dataclasses.field()  # No default here.
     norm_gain: float
     variance_gain: float
     max_rate: float
@@ -230,10 +263,6 @@ class ByVariation:
                 'max_rate must allow at least one sample a window (max_rate * window'
                 f' >= 1), got max_rate={self.max_rate} for window={window}.'
             )
-
-    @property
-    def always(self) -> bool:
-        return False
 
     @property
     def max_budget(self) -> int:
@@ -272,33 +301,7 @@ class ByVariation:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FixedRate:
-    """What rules without statistics share: the budget never changes."""
-
-    @property
-    def warmup_steps(self) -> int:
-        return 0
-
-    @property
-    def always(self) -> bool:
-        return False
-
-    def init_rings(self, dtype: DTypeLike) -> None:
-        del dtype
-
-    def observe(
-        self, rings: Rings | None, grad_norm: jax.Array, psf_norm: jax.Array
-    ) -> Rings | None:
-        del grad_norm, psf_norm
-        return rings
-
-    def next_budget(self, budget: jax.Array, rings: Rings | None) -> jax.Array:
-        del rings
-        return budget
-
-
-@dataclasses.dataclass(frozen=True)
-class Periodic(_FixedRate):
+class Periodic(SamplingRule):
     """Steps 0, k, 2k, … are sampled; k = 1 samples every step.
 
     Attributes:
@@ -306,20 +309,14 @@ class Periodic(_FixedRate):
     """
 
     every: int
+    window: int = dataclasses.field(init=False, repr=False)
+    always: bool = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        _checks.assign(
-            self, every=_checks.integer('every', self.every, low=1, high=_MAX_WINDOW)
-        )
-
-    @property
-    def window(self) -> int:
-        """A multiple of k, and not small, so that a host seldom reads the plan."""
-        return self.every * -(-64 // self.every)
-
-    @property
-    def always(self) -> bool:
-        return self.every == 1
+        every = _checks.integer('every', self.every, low=1, high=_MAX_WINDOW)
+        # A multiple of k, and not small, so that a host seldom reads the plan.
+        window = every * -(-64 // every)
+        _checks.assign(self, every=every, window=window, always=every == 1)
 
     def init_budget(self, dtype: DTypeLike) -> jax.Array:
         return jnp.array(self.window // self.every, dtype)
@@ -330,7 +327,7 @@ class Periodic(_FixedRate):
 
 
 @dataclasses.dataclass(frozen=True)
-class AtRandom(_FixedRate):
+class AtRandom(SamplingRule):
     """Every step is sampled with the same probability, independently.
 
     Attributes:
@@ -342,18 +339,17 @@ class AtRandom(_FixedRate):
     rate: float
     window: int
     seed: int
+    always: bool = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
+        rate = _checks.real('rate', self.rate, high=1.0, open_low=True)
         _checks.assign(
             self,
-            rate=_checks.real('rate', self.rate, high=1.0, open_low=True),
+            rate=rate,
             window=_checks.integer('window', self.window, low=1, high=_MAX_WINDOW),
             seed=_checks.integer('seed', self.seed, low=0, high=_MAX_SEED),
+            always=rate == 1,
         )
-
-    @property
-    def always(self) -> bool:
-        return self.rate == 1
 
     def init_budget(self, dtype: DTypeLike) -> jax.Array:
         return jnp.array(self.rate * self.window, dtype)
@@ -361,3 +357,105 @@ class AtRandom(_FixedRate):
     def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
         del budget
         return window_uniforms(self.seed, window_index, self.window) < self.rate
+
+
+class GradientNorms(NamedTuple):
+    """What :class:`ByGradientNorm` keeps.
+
+    Attributes:
+        step: t, an int32 scalar.
+        mean: μ, the average of ‖g‖², a scalar.
+        variance: σ², likewise of (‖g‖² − μ)².
+    """
+
+    step: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ByGradientNorm(SamplingRule):
+    r"""AE-SAM: a step is sampled where ‖g‖² is large for its time.
+
+    .. math::
+      μ_t = δ μ_{t-1} + (1 - δ) ‖g_t‖^2, \quad
+      σ_t^2 = δ σ_{t-1}^2 + (1 - δ) (‖g_t‖^2 - μ_t)^2
+
+    Step t is sampled if ‖g_t‖² ≥ μ_t + c_t σ_t, with
+    c_t = (t/T) λ₁ + (1 − t/T) λ₂. A ‖g‖ whose fourth power overflows counts as not
+    finite.
+
+    Attributes:
+        steps: T >= 1; from then on c = λ₁.
+        delta: δ in [0, 1).
+        lambda1: λ₁.
+        lambda2: λ₂.
+        initial_mean: μ before the first step.
+        initial_variance: σ² before the first step.
+
+    References:
+        Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization
+        <https://arxiv.org/abs/2304.14647>`_, 2023
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from vsam_jax import sampling
+        >>> rule = sampling.ByGradientNorm(steps=100)
+        >>> memory = rule.init_memory(jnp.float32)
+        >>> for norm in (1.0, 1.0, 1.0, 3.0, 1.0):
+        ...   sampled, memory = rule.decide(memory, jnp.array(norm))
+        ...   print(sampled)
+        True
+        True
+        True
+        True
+        False
+    """
+
+    steps: int
+    delta: float = 0.9
+    lambda1: float = -1.0
+    lambda2: float = 1.0
+    initial_mean: float = 0.0
+    initial_variance: float = math.exp(-10)
+    window: int = dataclasses.field(default=1, init=False, repr=False)
+
+    def __post_init__(self):
+        real = lambda name, **limits: _checks.real(name, getattr(self, name), **limits)
+        _checks.assign(
+            self,
+            steps=_checks.integer('steps', self.steps, low=1, high=2**31 - 2),
+            delta=real('delta', high=1.0),
+            lambda1=real('lambda1', low=-math.inf),
+            lambda2=real('lambda2', low=-math.inf),
+            initial_mean=real('initial_mean'),
+            initial_variance=real('initial_variance'),
+        )
+
+    def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
+        del budget, window_index
+        return jnp.zeros((self.window,), jnp.bool_)
+
+    def init_memory(self, dtype: DTypeLike) -> GradientNorms:
+        return GradientNorms(
+            step=jnp.zeros((), jnp.int32),
+            mean=jnp.array(self.initial_mean, dtype),
+            variance=jnp.array(self.initial_variance, dtype),
+        )
+
+    def decide(
+        self, memory: GradientNorms, grad_norm: jax.Array
+    ) -> tuple[jax.Array, GradientNorms]:
+        squared = grad_norm**2
+        average = lambda old, new: self.delta * old + (1 - self.delta) * new
+        mean = average(memory.mean, squared)
+        variance = average(memory.variance, (squared - mean) ** 2)
+        usable = jnp.isfinite(variance)
+        passed = jnp.minimum(memory.step.astype(mean.dtype) / self.steps, 1)
+        factor = passed * self.lambda1 + (1 - passed) * self.lambda2
+        wanted = usable & (squared >= mean + factor * jnp.sqrt(variance))
+        return wanted, GradientNorms(
+            step=jnp.asarray(optax.safe_increment(memory.step)),
+            mean=jnp.where(usable, mean, memory.mean),
+            variance=jnp.where(usable, variance, memory.variance),
+        )

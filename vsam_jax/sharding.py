@@ -78,9 +78,11 @@ def state_shardings(state: PyTree, params: PyTree) -> PyTree:
             return sharding_of(path, part)
         # By its name: where the parameters are one bare array, every leaf's path
         # ends with theirs, and the plan may happen to have their shape.
-        psf = jax.tree_util.tree_map_with_path(sharding_of, part.psf)
-        rest = jax.tree.map(lambda _: replicated, part._replace(psf=None))
-        return rest._replace(psf=psf)
+        large = {name: getattr(part, name) for name in ('psf', 'perturbation_memory')}
+        rest = part._replace(**dict.fromkeys(large))
+        return jax.tree.map(lambda _: replicated, rest)._replace(
+            **jax.tree_util.tree_map_with_path(sharding_of, large)
+        )
 
     return jax.tree_util.tree_map_with_path(
         node, state, is_leaf=lambda part: isinstance(part, VSAMState)

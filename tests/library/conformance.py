@@ -1,0 +1,231 @@
+"""Runs that programs of the authors recorded, made again with this library."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import vsam_jax
+from tests import problems
+from vsam_jax import perturbation, reuse, sampling
+
+FOLDER = problems.GOLDEN / 'authors'
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How a recorded run is made again.
+
+    Attributes:
+        method: what it is in this library, in words.
+        make: the transformation, from the settings and arrays of the record.
+        is_last: whether it stands after the base optimizer.
+        tolerance: how far its parameters may be off.
+    """
+
+    method: str
+    make: Callable[[dict[str, Any], dict[str, np.ndarray]], Any]
+    is_last: bool = False
+    tolerance: float = 1e-10
+
+
+def _sam(perturb: Any, rule: Any = None) -> Any:
+    """A method with a second gradient on every step."""
+    rule = rule or reuse.NoReuse()
+    return lambda rho: vsam_jax.sharpness_aware(
+        perturb, sampling.Periodic(1), rule, rho
+    )
+
+
+def _recorded(data: dict[str, np.ndarray], name: str, otherwise: Any) -> Any:
+    """What a record says of every step, or what its settings say."""
+    if name not in data:
+        return otherwise
+    return lambda count: jnp.asarray(data[name])[count]
+
+
+CASES = {
+    'sam_2': Case('`sam`', lambda m, _: vsam_jax.sam(m['rho'])),
+    'asam': Case(
+        '`asam(eta=…, scale_mask=all_but_biases)`',
+        lambda m, _: vsam_jax.asam(
+            m['rho'], eta=m['eta'], scale_mask=perturbation.all_but_biases
+        ),
+    ),
+    'asam_3': Case('`asam`', lambda m, _: vsam_jax.asam(m['rho'])),
+    'looksam': Case(
+        '`looksam`',
+        lambda m, _: vsam_jax.looksam(m['rho'], every=m['k'], gain=m['alpha']),
+    ),
+    'gsam': Case('`gsam`', lambda m, _: vsam_jax.gsam(m['rho'], m['alpha'])),
+    'gsam_3': Case(
+        '`SurrogateGap` with `elementwise_ascent` and a schedule of ρ',
+        lambda m, data: _sam(
+            perturbation.elementwise_ascent(), reuse.SurrogateGap(m['alpha'])
+        )(_recorded(data, 'rho', None)),
+    ),
+    'wsam_2': Case('`wsam`', lambda m, _: vsam_jax.wsam(m['rho'], m['gamma'])),
+    'wsam_4': Case(
+        '`Amplified` with `elementwise_ascent`',
+        lambda m, _: _sam(
+            perturbation.elementwise_ascent(),
+            reuse.Amplified(m['gamma'] / (1 - m['gamma'])),
+        )(m['rho']),
+    ),
+    'fsam': Case(
+        '`fsam`', lambda m, _: vsam_jax.fsam(m['rho'], m['sigma'], m['lmbda'])
+    ),
+    # The authors divide by ‖d‖ + 1e-7.
+    'vasso': Case(
+        '`vasso`', lambda m, _: vsam_jax.vasso(m['rho'], m['theta']), tolerance=1e-6
+    ),
+    'asyncsam': Case('`asyncsam`', lambda m, _: vsam_jax.asyncsam(m['rho'])),
+    'aesam': Case(
+        '`aesam`',
+        lambda m, _: vsam_jax.sharpness_aware(
+            perturbation.l2_ascent,
+            sampling.ByGradientNorm(
+                steps=m['steps'],
+                delta=m['delta'],
+                lambda1=m['lambda1'],
+                lambda2=m['lambda2'],
+                initial_mean=m['mu_init'],
+                initial_variance=m['var_init'],
+            ),
+            reuse.NoReuse(),
+            m['rho'],
+        ),
+    ),
+    'ssam': Case(
+        '`Renormalized`',
+        lambda m, _: _sam(perturbation.l2_ascent, reuse.Renormalized())(m['rho']),
+    ),
+    'ssam_2': Case(
+        '`Renormalized` with `unified_ascent(0)`',
+        lambda m, _: _sam(perturbation.unified_ascent(0.0), reuse.Renormalized())(
+            m['rho']
+        ),
+    ),
+    'unified': Case(
+        '`unified_ascent`',
+        lambda m, _: _sam(perturbation.unified_ascent(m['lambd']))(m['rho']),
+    ),
+    'samon': Case(
+        '`sam(perturb_mask=normalization_layers)`',
+        lambda m, _: vsam_jax.sam(
+            m['rho'], perturb_mask=perturbation.normalization_layers
+        ),
+    ),
+    'msam': Case('`msam`', lambda m, _: vsam_jax.msam(m['rho']), is_last=True),
+}
+for _again, _first in {
+    'asam_2': 'asam',
+    'looksam_2': 'looksam',
+    'gsam_2': 'gsam',
+    'fsam_2': 'fsam',
+    'vasso_2': 'vasso',
+    'aesam_2': 'aesam',
+    'unified_4': 'unified',
+    'samon_2': 'samon',
+    'msam_2': 'msam',
+}.items():
+    CASES[_again] = CASES[_first]
+
+
+@functools.cache
+def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Arrays and settings of a record; see tests/library/golden/README.md."""
+    with np.load(FOLDER / f'{name}.npz') as file:
+        data = {key: file[key] for key in file}
+    meta = json.loads(str(data.pop('meta')))
+    # The examples of a mini-batch are those of its seed, in multiples of 1/1024.
+    normal = np.random.RandomState(meta['seed']).standard_normal((meta['steps'], 32, 6))
+    data['x'] = np.round(normal * 1024) / 1024
+    return data, meta
+
+
+def tree(meta: dict[str, Any], arrays: list[Any]) -> dict[str, dict[str, Any]]:
+    """The tensors of a record by layer, under the names that Flax has for them."""
+    made: dict[str, dict[str, Any]] = {}
+    for name, array in zip(meta['order'], arrays, strict=True):
+        layer, kind = name.removesuffix(' [in, out]').split('.')
+        weight = 'kernel' if '[in, out]' in name else 'scale'
+        made.setdefault(layer, {})['bias' if kind == 'bias' else weight] = array
+    return made
+
+
+def loss_of(meta: dict[str, Any]) -> Callable[..., jax.Array]:
+    """The loss of the network of a record."""
+    layers = list(dict.fromkeys(name.split('.')[0] for name in meta['order']))
+
+    def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * (
+            scale
+        ) + (bias)
+
+    def loss(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, y = batch
+        for name, following in zip(layers, [*layers[1:], None], strict=True):
+            if 'kernel' in params[name]:
+                x = x @ params[name]['kernel'] + params[name]['bias']
+            else:
+                x = layer_norm(x, **params[name])
+            if following is not None and 'kernel' in params[following]:
+                x = jnp.tanh(x)
+        return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
+
+    return loss
+
+
+def largest_difference(name: str) -> float:
+    """How far this library's run is off a record, at most, in any parameter."""
+    data, meta = load(name)
+    case = CASES[name]
+    method = case.make(meta, data)
+    base = (
+        optax.add_decayed_weights(meta['weight_decay']),
+        optax.sgd(_recorded(data, 'lr', meta['lr']), momentum=meta['momentum']),
+    )
+    tx = optax.chain(*base, method) if case.is_last else optax.chain(method, *base)
+    count = len(meta['order'])
+    params = tree(meta, [jnp.asarray(data[f'init_{i}']) for i in range(count)])
+    step = jax.jit(problems.make_step(tx, loss_of(meta)))
+    state, worst = (params, tx.init(params)), 0.0
+    for t in range(meta['steps']):
+        state, _ = step(state, (jnp.asarray(data['x'][t]), jnp.asarray(data['y'][t])))
+        if case.is_last:
+            reached = vsam_jax.msam_eval_params(state[1], state[0])
+        else:
+            reached = state[0]
+        for row in np.flatnonzero(data['at'] == t):
+            expected = tree(meta, [data[f'params_{i}'][row] for i in range(count)])
+            gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), reached, expected)
+            worst = max(worst, *map(float, jax.tree.leaves(gaps)))
+    return worst
+
+
+def rows() -> list[dict[str, Any]]:
+    """What the table shows of each record."""
+    found = []
+    for name, case in CASES.items():
+        _, meta = load(name)
+        found.append(
+            {
+                'method': case.method,
+                'record': name,
+                'made_by': meta['made_by'],
+                'repository': meta['repository'],
+                'file': meta['file'],
+                'commit': meta['commit'],
+                'steps': meta['steps'],
+                'largest_difference': largest_difference(name),
+            }
+        )
+    return found

@@ -26,7 +26,7 @@ def random_sam(rho=0.05, *, rate=0.5, window=50, seed=0, reuse_psf=True, **kwarg
 
 
 # Every method by name, with windows that a short run goes through; rho is left open.
-# The last one has no name in the library: it is put together from parts.
+# The last ones have no name in the library: they are put together from parts.
 METHODS = {
     'vsam': functools.partial(
         vsam_jax.vsam, window=6, segments=3, warmup_steps=3, variance_gain=1.0
@@ -35,6 +35,12 @@ METHODS = {
     'asam': functools.partial(vsam_jax.asam, eta=0.01),
     'looksam': functools.partial(vsam_jax.looksam, every=3),
     'steady_vsam': vsam_jax.steady_vsam,
+    'gsam': vsam_jax.gsam,
+    'wsam': functools.partial(vsam_jax.wsam, gamma=0.6),
+    'fsam': vsam_jax.fsam,
+    'vasso': vsam_jax.vasso,
+    'asyncsam': vsam_jax.asyncsam,
+    'aesam': functools.partial(vsam_jax.aesam, steps=15),
     'random_sam': functools.partial(random_sam, window=5),
     'random_sam_without_reuse': functools.partial(
         random_sam, reuse_psf=False, window=5
@@ -47,6 +53,11 @@ METHODS = {
         **kwargs,
     ),
 }
+
+# Those with a plan; the others decide from the gradient, so that nobody can plan them.
+PLANNED = {name: method for name, method in METHODS.items() if name != 'aesam'}
+# Those that take a second gradient on every step.
+ALWAYS = ('sam', 'asam', 'gsam', 'wsam', 'fsam', 'vasso', 'asyncsam')
 
 GOLDEN = pathlib.Path(__file__).parent / 'library' / 'golden'
 

@@ -186,6 +186,17 @@ def test_parameters_without_a_mesh_have_no_shardings_to_follow():
 # --- One program per device ---------------------------------------------------
 
 
+def along(method: str, g: Any, memory: Any) -> Any:
+    """What a method climbs, of a gradient and of what it keeps of those before."""
+    if method == 'asyncsam':
+        return memory
+    if method not in ('fsam', 'vasso'):
+        return g
+    mix = {'fsam': lambda g, m: g - m, 'vasso': lambda g, m: 0.4 * g + 0.6 * m}[method]
+    mixed = jax.tree.map(mix, g, memory.mean)
+    return jax.tree.map(lambda a, b: jnp.where(memory.started, a, b), mixed, g)
+
+
 @functools.cache
 def by_hand(method: str, steps: int = STEPS) -> tuple[Any, list[bool]]:
     """One perturbation per device, on one device: the mean second gradient is
@@ -206,7 +217,8 @@ def by_hand(method: str, steps: int = STEPS) -> tuple[Any, list[bool]]:
                 norm = optax.tree.norm(jax.tree.map(jnp.multiply, t, g))
                 ascent = jax.tree.map(lambda t, g: rho * t**2 * g / norm, t, g)
             else:
-                norm = optax.tree.norm(g)
+                g = along(method, g, opt_state[0].perturbation_memory)
+                norm = optax.tree.norm(g) + 1e-12
                 ascent = jax.tree.map(lambda g: rho * g / norm, g)
             perturbed = jax.tree.map(jnp.add, params, ascent)
             return jax.value_and_grad(loss_fn)(perturbed, share)

@@ -61,7 +61,7 @@ def by_hand(name: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('name', SLICEABLE)
+@pytest.mark.parametrize('name', [n for n in SLICEABLE if n not in ('gsam', 'wsam')])
 def test_the_direction_is_g_of_all_and_s_of_the_slice(name):
     method = problems.METHODS[name](0.1)
     params, batch = problems.toy_params(jnp.float64), batches()[0]
@@ -81,7 +81,8 @@ def test_the_direction_is_g_of_all_and_s_of_the_slice(name):
     problems.assert_close(direction, optax.tree.add(grads, psf))
     norms = optax.tree.norm(grads), optax.tree.norm(psf)
     np.testing.assert_allclose((state.grad_norm, state.psf_norm), norms, rtol=1e-10)
-    if 'asam' not in name:  # ε is of length ρ, along the slice's gradient.
+    # ε is of length ρ, along the slice's gradient.
+    if 'asam' not in name and name != 'asyncsam':
         epsilon = optax.tree.scale(0.1 / optax.tree.norm(own), own)
         problems.assert_close(second, optax.tree.add(params, epsilon))
     if state.rings is not None:
@@ -104,7 +105,7 @@ def test_at_radius_zero_the_direction_is_the_gradient_to_the_bit(name):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('name', SLICEABLE)
+@pytest.mark.parametrize('name', [n for n in SLICEABLE if n in problems.PLANNED])
 def test_planned_is_traced(name):
     step = vsam_jax.PlannedStep(make_step(name))
     params = problems.toy_params(jnp.float64)

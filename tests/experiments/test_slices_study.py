@@ -59,7 +59,7 @@ def test_units_are_written_and_not_made_again(task, tmp_path, monkeypatch):
     unit = content['units']['mlp_600/slice_8_3']
     assert len(unit['validation']) == len(screen.pairs_of(task, 'slice_8_3')) == 2
     assert unit['at_edge'] == [True, False]
-    assert unit['chosen'] == [0.5, 0.1]  # Half of the largest radius.
+    assert unit['chosen'] == [0.35, 0.1]  # The larger one, scaled for slices.
     found = unit['statistics']['own']['minus_sam']
     np.testing.assert_allclose(list(found.values()), -0.15, atol=1e-5)
     assert '1/8 of the examples' in (tmp_path / 'table.md').read_text()
@@ -76,17 +76,17 @@ def test_msam_looks_ahead_by_the_momentum():
     tx = optax.sgd(0.1, momentum=0.9)
     params = {'w': jnp.array([1.0, 2.0])}
     _, state = tx.update({'w': jnp.array([3.0, 4.0])}, tx.init(params), params)
-    ahead = methods._ahead(params, state, 0.5)
-    np.testing.assert_allclose(ahead['w'], [1 - 0.3, 2 - 0.4], rtol=1e-6)
-    np.testing.assert_allclose(
-        methods._ahead(params, tx.init(params), 0.5)['w'], [1, 2]
-    )
+    along = lambda state: methods._along_momentum(params, state, 0.5, None)['w']
+    np.testing.assert_allclose(along(state), [1 - 0.3, 2 - 0.4], rtol=1e-6)
+    np.testing.assert_allclose(along(tx.init(params)), [1, 2])
 
 
 def test_examples_of_a_step():
     cost = lambda name: methods.METHODS[name].gradients
     np.testing.assert_allclose(cost('slice_8_3'), 1 + 2 / 8 / 3)
     assert (cost('sgd'), cost('sam'), cost('vsam')) == (1, 2, None)
+    assert (cost('quarter'), cost('msam')) == (1.25, 1)
+    np.testing.assert_allclose(cost('tail'), 1 + 1 / 3)
 
 
 def test_the_trainer_has_results():

@@ -49,10 +49,11 @@ def loss_fn(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.
 
 @functools.cache
 def batches() -> list[tuple[np.ndarray, np.ndarray]]:
-    return [
-        (np.asarray(x), np.eye(3)[y])
-        for x, y in problems.mlp_batches(STEPS, dtype=jnp.float64)
-    ]
+    with jax.enable_x64(True):
+        return [
+            (np.asarray(x), np.eye(3)[y])
+            for x, y in problems.mlp_batches(STEPS, dtype=jnp.float64)
+        ]
 
 
 def driver(step: Any, planned: bool, **jit_options: Any) -> Any:

@@ -211,7 +211,9 @@ def test_a_frozen_backbone_is_neither_perturbed_nor_moved(name):
             return jax.grad(problems.toy_loss)(p, batch)
 
         grads, state = jax.grad(problems.toy_loss)(params, batch), tx.init(params)
-        for _ in range(2):  # Some perturb from the second step on.
+        # Some perturb from the second step on, or along what is new in the gradient.
+        for scale in (1.0, 2.0):
+            grads = optax.tree.scale(scale, grads)
             updates, state = tx.update(
                 grads, state, params, grad_fn=grad_fn, sample=True
             )

@@ -23,9 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what the arguments say."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=pathlib.Path, required=True)
-    parser.add_argument(
-        '--tasks', type=_names(tasks.TASKS), default=list(tasks.TASKS)
-    )
+    parser.add_argument('--tasks', type=_names(tasks.TASKS), default=list(tasks.TASKS))
     parser.add_argument(
         '--methods', type=_names(methods.METHODS), default=list(methods.METHODS)
     )

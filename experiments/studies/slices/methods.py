@@ -5,7 +5,10 @@ one gradient a step, where the momentum m of the base optimizer would lead:
 
 .. math:: g = ∇L(w - ρ \, m / (‖m‖_2 + 10^{-12})), \quad m \leftarrow 0.9 \, m + g.
 
-With AdamW m is Adam's mean of the gradients.
+With AdamW m is Adam's mean of the gradients. *Ascent on a quarter* takes the gradient
+of the whole mini-batch where that of every fourth example leads. *Amplified third* is
+g + 3 s on every third step and g on the others, which needs no memory. *Tail third* is
+SAM in the last third of the run alone, and SGD before.
 """
 
 import dataclasses
@@ -21,8 +24,11 @@ from experiments.experiment import loss_of
 from experiments.studies.slices import tasks
 from experiments.studies.slices.tasks import PyTree, Task
 
-# Makes what stands first in the chain from ρ and the settings of the published vSAM.
-Direction = Callable[[Any, Any], optax.GradientTransformationExtraArgs]
+# Makes what stands first in the chain, from ρ and the task.
+Direction = Callable[[Any, Task], optax.GradientTransformationExtraArgs]
+# Where the one gradient of a step is taken: of parameters, the state of the base
+# optimizer, ρ and the gradient of every fourth example as a function of parameters.
+Ahead = Callable[[PyTree, PyTree, Any, Callable[[PyTree], PyTree]], PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +41,9 @@ class Method:
         every: a second gradient every so many steps, in all runs alike; None: never,
             or as the plan of each run says.
         parts: the PSF is that of one in so many examples.
-        momentum: whether it is MSAM.
+        start: the share of the run before the first second gradient.
+        ahead: where the one gradient of a step is taken, None for at w.
+        ascent: how many examples its own ascent takes, a mini-batch being one.
         radii: its radii, as multiples of those that SAM is tuned over.
     """
 
@@ -43,7 +51,9 @@ class Method:
     direction: Direction | None = None
     every: int | None = None
     parts: int = 1
-    momentum: bool = False
+    start: float = 0.0
+    ahead: Ahead | None = None
+    ascent: float = 0.0
     radii: float = 1.0
 
     @property
@@ -53,12 +63,12 @@ class Method:
         None where it differs from run to run.
         """
         if self.direction is None:
-            return 1.0
+            return 1.0 + self.ascent
         if self.every is None:
             return None
         # With a slice the gradient at w of its examples is taken again.
         passes = 1 if self.parts == 1 else 2
-        return 1 + passes / self.parts / self.every
+        return 1 + (1 - self.start) * passes / self.parts / self.every
 
 
 def _steady(every: int, tolerance: float = 0.3) -> Direction:
@@ -69,8 +79,40 @@ def _sam(rho: Any, _: Any) -> optax.GradientTransformationExtraArgs:
     return vsam_jax.sam(rho)
 
 
-def _published(rho: Any, settings: Any) -> optax.GradientTransformationExtraArgs:
+def _published(rho: Any, task: Task) -> optax.GradientTransformationExtraArgs:
+    settings = dict(task.settings.methods.vsam)
     return vsam_jax.vsam(rho, **{k: v for k, v in settings.items() if k != 'rho'})
+
+
+def _amplified(rho: Any, _: Task) -> optax.GradientTransformationExtraArgs:
+    return vsam_jax.sharpness_aware(
+        vsam_jax.perturbation.l2_ascent,
+        vsam_jax.sampling.Periodic(3),
+        vsam_jax.reuse.Amplified(3.0),
+        rho,
+    )
+
+
+def _along_momentum(
+    params: PyTree, opt_state: PyTree, rho: Any, gradient: Any
+) -> PyTree:
+    del gradient
+    momentum = optax.tree.get(opt_state, 'trace')
+    if momentum is None:
+        momentum = optax.tree.get(opt_state, 'mu')
+    return _towards(params, momentum, -rho)
+
+
+def _along_quarter(
+    params: PyTree, opt_state: PyTree, rho: Any, gradient: Any
+) -> PyTree:
+    del opt_state
+    return _towards(params, gradient(params), rho)
+
+
+def _towards(params: PyTree, direction: PyTree, length: Any) -> PyTree:
+    scale = length / (optax.tree.norm(direction) + 1e-12)
+    return optax.tree.add_scale(params, scale, direction)
 
 
 def _slice(parts: int, every: int, tolerance: float = 0.3) -> Method:
@@ -91,10 +133,15 @@ METHODS = {
     # The others are compared with these two.
     'sam': Method('SAM', _sam, every=1),
     'sgd': Method('SGD'),
-    'msam': Method('MSAM', momentum=True, radii=2.0),
+    'msam': Method('MSAM', ahead=_along_momentum, radii=2.0),
     'steady_03': Method('steady vSAM, η = 0.3', _steady(3), every=3),
     'steady_05': Method('steady vSAM, η = 0.5', _steady(3, 0.5), every=3),
     'vsam': Method('vSAM', _published),
+    'aesam': Method('AE-SAM', lambda rho, task: vsam_jax.aesam(rho, steps=task.steps)),
+    'asyncsam': Method('AsyncSAM', lambda rho, _: vsam_jax.asyncsam(rho), every=1),
+    'quarter': Method('ascent on a quarter', ahead=_along_quarter, ascent=0.25),
+    'amplified': Method('amplified third', _amplified, every=3),
+    'tail': Method('tail third', _sam, every=1, start=2 / 3),
     **{f'slice_{p}_{k}': _slice(p, k) for k in EVERY for p in PARTS},
     'slice_8_3_05': _slice(8, 3, 0.5),
 }
@@ -127,7 +174,11 @@ def make_run(method: Method, task: Task) -> Callable[..., tuple[PyTree, PyTree]]
                 'image': images[rows],
                 'label': start.labels[rows],
             }
-            at = _ahead(params, opt_state, rho) if method.momentum else params
+            at = params
+            if method.ahead is not None:
+                quarter = jax.tree.map(lambda x: x[::4], batch)
+                of_quarter = lambda w: gradient(w, stats, quarter)[0]
+                at = method.ahead(params, opt_state, rho, of_quarter)
             grads, new_stats = gradient(at, stats, batch)
             arguments = {}
             if method.direction is not None:
@@ -135,8 +186,10 @@ def make_run(method: Method, task: Task) -> Callable[..., tuple[PyTree, PyTree]]
                 second = lambda w: gradient(w, stats, part)[0]
                 name = 'grad_fn' if method.parts == 1 else 'psf_grad_fn'
                 arguments[name] = second
-            if method.every is not None and method.every > 1:
-                # Of no run alone: it stays a conditional under vmap.
+            # Of no run alone: it stays a conditional under vmap.
+            if method.start > 0:
+                arguments['sample'] = number >= method.start * task.steps
+            elif method.every is not None and method.every > 1:
                 arguments['sample'] = number % method.every == 0
             updates, opt_state = tx.update(grads, opt_state, params, **arguments)
             return (optax.apply_updates(params, updates), new_stats, opt_state), None
@@ -169,13 +222,4 @@ def transformation(
     base = trainer_methods.base_optimizer(task.steps, settings)
     if method.direction is None:
         return optax.with_extra_args_support(base)
-    return optax.chain(method.direction(rho, task.settings.methods.vsam), base)
-
-
-def _ahead(params: PyTree, opt_state: PyTree, rho: Any) -> PyTree:
-    """w − ρ m / ‖m‖."""
-    momentum = optax.tree.get(opt_state, 'trace')
-    if momentum is None:
-        momentum = optax.tree.get(opt_state, 'mu')
-    scale = rho / (optax.tree.norm(momentum) + 1e-12)
-    return jax.tree.map(lambda w, m: w - scale * m, params, momentum)
+    return optax.chain(method.direction(rho, task), base)

@@ -15,7 +15,7 @@ from typing import Any
 from experiments import progress, results
 from experiments.studies.slices import methods, report, screen, tasks
 
-TUNING_SEEDS = (300, 301, 302)
+TUNING_SEEDS = tuple(range(300, 306))
 FIRST_SEED = 400
 
 

@@ -120,7 +120,7 @@ def _slice(parts: int, every: int, tolerance: float = 0.3) -> Method:
     title += '' if tolerance == 0.3 else f', η = {tolerance}'
     direction = _sam if every == 1 else _steady(every, tolerance)
     # ρ / √p, to the next half or quarter: there the best radii of a first run were.
-    radii = {2: 0.7, 4: 0.5, 8: 0.35, 16: 0.25}[parts]
+    radii = {2: 0.7, 4: 0.5, 8: 0.4, 16: 0.3}[parts]
     return Method(title, direction, every=every, parts=parts, radii=radii)
 
 
@@ -133,7 +133,7 @@ METHODS = {
     # The others are compared with these two.
     'sam': Method('SAM', _sam, every=1),
     'sgd': Method('SGD'),
-    'msam': Method('MSAM', ahead=_along_momentum, radii=2.0),
+    'msam': Method('MSAM', ahead=_along_momentum, radii=4.0),
     'steady_03': Method('steady vSAM, η = 0.3', _steady(3), every=3),
     'steady_05': Method('steady vSAM, η = 0.5', _steady(3, 0.5), every=3),
     'vsam': Method('vSAM', _published),

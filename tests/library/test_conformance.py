@@ -10,3 +10,9 @@ from tests.library import conformance
 def test_a_recorded_run_comes_out_again(name):
     tolerance = conformance.CASES[name].tolerance
     assert conformance.largest_difference(name) < tolerance
+
+
+def test_the_page_shows_every_record():
+    text = conformance.PAGE.read_text()
+    for name, case in conformance.CASES.items():
+        assert f'| {name} | {case.method} |' in text

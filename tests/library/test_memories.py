@@ -162,9 +162,7 @@ def test_a_planned_driver_says_what_to_do():
     tx = optax.chain(vsam_jax.aesam(steps=9), optax.sgd(0.1))
     params = problems.toy_params()
     step = vsam_jax.PlannedStep(problems.make_step(tx, problems.toy_loss))
-    with pytest.raises(
-        ValueError, match=r'decides from the gradient.*jax\.jit'
-    ):
+    with pytest.raises(ValueError, match=r'decides from the gradient.*jax\.jit'):
         step((params, tx.init(params)), jnp.array(0.5))
 
 

@@ -222,32 +222,32 @@ PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'conformance.md'
 TEXT = """# Conformance
 
 Each method is held to runs that a program of its authors recorded in float64: this
-library makes the run again, with the same data, initial parameters and settings, and the
-parameters are compared after steps 1, 2, 3, 6, 11, 21, 41 and 60. The records stand in
-`tests/library/golden/`; its README says how they were made. `make test` compares them
-all.
+library makes the run again, with the same data, initial parameters and settings, and
+the parameters are compared after steps 1, 2, 3, 6, 11, 21, 41 and 60. The records
+stand in `tests/library/golden/`; its README says how they were made. `make test`
+compares them all.
 
 {table}
 
 *Largest difference*: of any parameter, at any of these steps; parameters are of the
-order of 1. Where no program of the authors was found, *made by* says who wrote the one
-that was recorded. Differences near 1e-7 are those of another small number that keeps a
-division finite: VaSSO's authors divide by ‖d‖ + 1e-7, here it is ‖d‖ + 1e-12.
+order of 1. Where no program of the authors was found, *made by* says who wrote the
+one that was recorded. Differences near 1e-7 are those of another small number that
+keeps a division finite: VaSSO's authors divide by ‖d‖ + 1e-7, here it is ‖d‖ + 1e-12.
 
-Where the published formula and the program of its authors differ, this library does the
-following.
+Where the published formula and the program of its authors differ, this library does
+the following.
 
-- **F-SAM**: the program subtracts the average of the *earlier* gradients, the paper the
-  one that has the latest in it. At the default σ = 1 both give the same direction. The
-  program's form is used.
+- **F-SAM**: the program subtracts the average of the *earlier* gradients, the paper
+  the one that has the latest in it. At the default σ = 1 both give the same
+  direction. The program's form is used.
 - **VaSSO**: the average starts with the first gradient, as in the program.
 - **GSAM**: in the authors' example the first step has the smallest ρ, because their
-  schedule of the learning rate says zero before its first call. Here ρ follows the rate
-  from the first step on.
-- **MSAM**: with a schedule of ρ the program takes the old perturbation back with the new
-  ρ, so that parameters drift. Here what was added is taken back.
-- **WSAM**: the decoupled form keeps the sharpness out of the base optimizer's momentum;
-  links of an optax chain share no state, so it is not offered.
+  schedule of the learning rate says zero before its first call. Here ρ follows the
+  rate from the first step on.
+- **MSAM**: with a schedule of ρ the program takes the old perturbation back with the
+  new ρ, so that parameters drift. Here what was added is taken back.
+- **WSAM**: the decoupled form keeps the sharpness out of the base optimizer's
+  momentum; links of an optax chain share no state, so it is not offered.
 - **ESAM** is no optax transformation (it selects examples); the trainer in
   `experiments/` has it, and its tests hold it to the authors' runs.
 

@@ -91,7 +91,10 @@ class SamplingRule:
 
     def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
         """Which steps of a window are sampled, a bool array [K]."""
-        raise NotImplementedError(f'{type(self).__name__} must have a method plan.')
+        del budget, window_index
+        if self.init_memory(jnp.float32) is None:
+            raise NotImplementedError(f'{type(self).__name__} must have a method plan.')
+        return jnp.zeros((self.window,), jnp.bool_)  # Never looked at.
 
     def init_memory(self, dtype: DTypeLike) -> PyTree:
         """What :meth:`decide` keeps, before the first step; None: the plan decides."""
@@ -431,10 +434,6 @@ class ByGradientNorm(SamplingRule):
             initial_mean=real('initial_mean'),
             initial_variance=real('initial_variance'),
         )
-
-    def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
-        del budget, window_index
-        return jnp.zeros((self.window,), jnp.bool_)
 
     def init_memory(self, dtype: DTypeLike) -> GradientNorms:
         return GradientNorms(

@@ -480,9 +480,9 @@ def test_a_value_goes_through_to_reduce_on_plateau():
     assert float(optax.tree.get(state, 'scale')) < 1
 
 
-@pytest.mark.parametrize('name', problems.METHODS)
-def test_optax_tree_utilities_work_on_the_state(name):
-    tx = optax.chain(problems.METHODS[name](0.1), optax.sgd(0.1, momentum=0.9))
+@pytest.mark.parametrize('method', problems.METHODS)
+def test_optax_tree_utilities_work_on_the_state(method):
+    tx = optax.chain(problems.METHODS[method](0.1), optax.sgd(0.1, momentum=0.9))
     params = problems.toy_params()
     state = tx.init(params)
     assert optax.tree.get(state, 'num_samples') == 0
@@ -490,12 +490,12 @@ def test_optax_tree_utilities_work_on_the_state(name):
     assert only_state(changed).budget == 3
     ones = optax.tree.map_params(tx, jnp.ones_like, state)
     assert jax.tree.structure(ones) == jax.tree.structure(state)
-    for name in ('psf', 'perturbation_memory'):
-        tree = getattr(state[0], name)
+    of_params = ('psf', 'perturbation_memory')
+    for name in of_params:
         large = [x for x in jax.tree.leaves(getattr(ones[0], name)) if x.size > 1]
         assert all(bool((x == 1).all()) for x in large)
-        ones = (ones[0]._replace(**{name: tree}), *ones[1:])
-    problems.assert_equal(ones[0], state[0])
+    rest = {name: getattr(state[0], name) for name in of_params}
+    problems.assert_equal(ones[0]._replace(**rest), state[0])
 
 
 # --- What a training loop logs ------------------------------------------------

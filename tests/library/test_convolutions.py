@@ -712,12 +712,8 @@ def test_functions_of_users_in_all_surroundings(
 ):
     in_portions(monkeypatch, 1)
     function, forbidden = FUNCTIONS[name]
-    # Compiled without optimizations, which takes less long.
-    jit = functools.partial(
-        jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-    )
-    plain = jit(in_surroundings(lambda f: f, function, forbidden))
-    fast = jit(in_surroundings(convolutions.canonical, function, forbidden))
+    plain = jax.jit(in_surroundings(lambda f: f, function, forbidden))
+    fast = jax.jit(in_surroundings(convolutions.canonical, function, forbidden))
     expected, found = plain(*kernel_and_images), fast(*kernel_and_images)
     chex.assert_trees_all_equal_shapes_and_dtypes(found, expected)
     typed = lambda tree: jax.tree.map(lambda x: x.weak_type, tree)

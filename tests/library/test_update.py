@@ -255,7 +255,7 @@ def test_vmap_equals_a_loop_over_the_members():
 
 @pytest.mark.usefixtures('x64')
 def test_gradients_flow_through_an_unrolled_run():
-    batches = problems.toy_batches(6, jnp.float64)
+    batches = problems.toy_batches(4, jnp.float64)  # Warm-up and a window.
     params = problems.toy_params(jnp.float64)
     loss = problems.toy_loss
 

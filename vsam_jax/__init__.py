@@ -13,7 +13,7 @@ from vsam_jax import (
     statistics,
 )
 from vsam_jax._family import aesam, asyncsam, fsam, gsam, vasso, wsam
-from vsam_jax._methods import asam, looksam, sam, steady_vsam, vsam
+from vsam_jax._methods import asam, lean_sam, looksam, sam, steady_vsam, vsam
 from vsam_jax._metrics import metrics
 from vsam_jax._momentum import MSAMState, msam, msam_eval_params
 from vsam_jax._planned import PlannedStep
@@ -37,6 +37,7 @@ __all__ = [
     'convolutions',
     'fsam',
     'gsam',
+    'lean_sam',
     'linen',
     'looksam',
     'metrics',

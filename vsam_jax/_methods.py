@@ -13,7 +13,7 @@ method     where (perturbation)  when (sampling)   how (reuse)
 
 import optax
 
-from vsam_jax import _checks, perturbation, reuse, sampling
+from vsam_jax import _checks, _portions, perturbation, reuse, sampling
 from vsam_jax._transform import sharpness_aware
 from vsam_jax._types import DTypeLike, Mask, Radius
 
@@ -85,6 +85,7 @@ def vsam(
     square root of the share. It is wrong where the part is no sample of the whole, and
     where it holds a handful of examples (above all with BatchNorm, which takes its
     statistics). It does not pay where a part cannot fill the accelerator.
+    (:func:`lean_sam` is that, with SAM's ρ.)
 
     *Several devices.* Under ``jax.jit`` one program sees all of them, and nothing need
     be said. A function that runs once per device (``jax.shard_map``, ``jax.pmap``)
@@ -290,6 +291,90 @@ def steady_vsam(
         stats_mask=stats_mask,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
+    )
+
+
+def lean_sam(
+    rho: Radius = 0.05,
+    *,
+    share: float = 1 / 8,
+    every: int = 3,
+    tolerance: float = 0.5,
+    stats_mask: Mask | None = None,
+    perturb_mask: Mask | None = None,
+    psf_dtype: DTypeLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SAM from a share of the examples on some of the steps: few gradients more.
+
+    :func:`steady_vsam`, whose second gradient is taken of a part of the mini-batch: two
+    passes over ``share`` of the examples on every ``every``-th step, which by default
+    are 8 % more examples than SGD goes through. The part must be told where the step is
+    written::
+
+      tx.update(grads, state, params, psf_grad_fn=gradient_of_the_part)
+      vsam_jax.linen.make_train_step(loss_fn, psf_share=1 / 8)
+
+    ρ is meant as SAM's. The gradient of a part is longer and points elsewhere, so that
+    the radius in use is smaller, a start value:
+
+    .. math:: ρ_\text{part} = ρ \sqrt{\text{share}}
+
+    It is wrong where a part is too little to measure anything on: mini-batches of some
+    ten examples, BatchNorm with a handful of them. Accelerators that a part cannot fill
+    gain less.
+
+    Args:
+        rho: ρ, as in :func:`vsam`; what suits SAM is the value to start with.
+        share: 1/k, the share of the mini-batch.
+        every: a second gradient every so many steps.
+        tolerance: η >= 0, as in :func:`steady_vsam`.
+        stats_mask: which tensors ‖g‖ and ‖s‖ are taken over, as in :func:`vsam`.
+        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+        psf_dtype: dtype in which s is stored, as in :func:`vsam`.
+
+    Returns:
+        An :class:`optax.GradientTransformationExtraArgs` with state
+        :class:`vsam_jax.VSAMState`.
+
+    Raises:
+        ValueError: from ``update`` if the second gradient is taken of another share, as
+            far as that can be seen: without ``psf_grad_fn``, or by a builder with
+            another ``psf_share``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, vsam_jax
+        >>> tx = optax.chain(
+        ...     vsam_jax.lean_sam(rho=0.05, share=1 / 4), optax.sgd(0.1))
+        >>> grad = jax.grad(lambda w, x: jnp.mean((x @ w - 1.0) ** 2))
+        >>> @jax.jit
+        ... def train_step(w, opt_state, x):
+        ...   updates, opt_state = tx.update(
+        ...       grad(w, x), opt_state, w, psf_grad_fn=lambda w: grad(w, x[::4]))
+        ...   return optax.apply_updates(w, updates), opt_state
+        >>> x = jax.random.normal(jax.random.key(0), (16, 4))
+        >>> w = jnp.zeros(4)
+        >>> opt_state = tx.init(w)
+        >>> for _ in range(4):
+        ...   w, opt_state = train_step(w, opt_state, x)
+        >>> print(int(opt_state[0].num_samples))
+        2
+    """
+    share = 1 / _portions.parts_of(share, 'share')
+    scale = share**0.5
+    rho = _checks.radius('rho', rho)
+    scaled = (lambda count: scale * rho(count)) if callable(rho) else scale * rho
+    rule = sampling.Periodic(every)
+    # Checked also where nothing is reused.
+    difference = reuse.SteadyDifference(max(rule.every, 2), tolerance)
+    return sharpness_aware(
+        perturbation.l2_ascent,
+        rule,
+        reuse.NoReuse() if rule.always else difference,
+        scaled,
+        stats_mask=stats_mask,
+        perturb_mask=perturb_mask,
+        psf_dtype=psf_dtype,
+        share=share,
     )
 
 

@@ -15,14 +15,14 @@ import numpy as np
 from vsam_jax._types import PyTree
 
 
-def parts_of(psf_share: Any) -> int:
-    """The number k for a share of 1/k; raises for other shares."""
+def parts_of(psf_share: Any, name: str = 'psf_share') -> int:
+    """The number k for a share of 1/k; raises for other shares, under their name."""
     allowed = 'one divided by an integer, such as 1/8, or 1 for the whole mini-batch'
     is_real = isinstance(psf_share, numbers.Real) and not isinstance(
         psf_share, (bool, np.bool_)
     )
     if not is_real:
-        raise TypeError(f'psf_share must be {allowed}, got {psf_share!r}.')
+        raise TypeError(f'{name} must be {allowed}, got {psf_share!r}.')
     share = float(psf_share)
     parts = round(1 / share) if 0 < share <= 1 else 0
     if not parts or abs(parts * share - 1) > 1e-6:
@@ -30,7 +30,7 @@ def parts_of(psf_share: Any) -> int:
         if 0 < share < 1:
             near = fractions.Fraction(1, max(parts, 1))
             hint = f' The nearest is {near}.'
-        raise ValueError(f'psf_share must be {allowed}, got {psf_share!r}.{hint}')
+        raise ValueError(f'{name} must be {allowed}, got {psf_share!r}.{hint}')
     return parts
 
 

@@ -131,8 +131,9 @@ class Builder:
             axis_name: Any = None,
             per_device: Any = None,
             psf_grad_fn: Any = None,
+            psf_share: Any = None,
         ) -> jax.Array:
-            del grad_fn, sample, axis_name, per_device, psf_grad_fn
+            del grad_fn, sample, axis_name, per_device, psf_grad_fn, psf_share
             return _collectives.mean(one_pass(params)[0], axes)
 
         arguments = {'value': _collectives.mean(value, axes), 'value_fn': value_fn}
@@ -143,6 +144,7 @@ class Builder:
                 'sample': sample,
                 'axis_name': self.axis_name,
                 'per_device': self.per_device,
+                'psf_share': None if sliced is None else self.psf_share,
             }
         else:
             # The methods of this package average, other optimizers know no devices.

@@ -35,6 +35,7 @@ def sharpness_aware(
     stats_mask: Mask | None = None,
     perturb_mask: Mask | None = None,
     psf_dtype: DTypeLike = None,
+    share: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Puts a perturbation, a sampling rule and a reuse rule together.
 
@@ -49,6 +50,8 @@ def sharpness_aware(
         stats_mask: which tensors the statistics are taken over.
         perturb_mask: which tensors are perturbed.
         psf_dtype: dtype in which the memory is stored.
+        share: the share of the mini-batch, 1/k, that the radius is meant for: an update
+            that takes its second gradient of another one is an error. None allows any.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -86,6 +89,7 @@ def sharpness_aware(
         stats_mask=_checks.mask('stats_mask', stats_mask),
         perturb_mask=_checks.mask('perturb_mask', perturb_mask),
         psf_dtype=_checks.floating_dtype('psf_dtype', psf_dtype),
+        share=share,
     )
     # optax types states as array trees, which a NamedTuple of arrays is.
     return optax.GradientTransformationExtraArgs(method.init, method.update)  # pyright: ignore[reportArgumentType]
@@ -117,6 +121,7 @@ class _Method:
     stats_mask: Mask | None
     perturb_mask: Mask | None
     psf_dtype: DTypeLike
+    share: float | None
 
     def init(self, params: PyTree) -> VSAMState:
         """The state before the first update."""
@@ -162,13 +167,15 @@ class _Method:
         per_device: bool = False,
         value: Any = None,
         psf_grad_fn: GradFn | None = None,
+        psf_share: float | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, VSAMState]:
         """The direction and the next state, see :func:`vsam_jax.vsam`."""
         del extra_args
         axes = _collectives.axes_of(axis_name)
         _collectives.check_per_device(per_device, axis_name)
-        self._check_slice(psf_grad_fn)
+        if sample is not False:
+            self._check_slice(psf_grad_fn, psf_share)
         second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
         _check_update(updates, state, params, second_fn, sample)
         _collectives.check_told(axis_name, 'the gradient', updates, params)
@@ -395,7 +402,17 @@ class _Method:
             sampling_memory=state.sampling_memory,
         )
 
-    def _check_slice(self, psf_grad_fn: GradFn | None) -> None:
+    def _check_slice(self, psf_grad_fn: GradFn | None, psf_share: float | None) -> None:
+        if self.share is not None:
+            if psf_share is None:
+                psf_share = 1 if psf_grad_fn is None else self.share
+            if psf_share != self.share:
+                raise ValueError(
+                    f'The method has share={self.share:g}, but its second gradient is'
+                    f' taken of a share of {psf_share:g} of the mini-batch. By hand'
+                    ' give psf_grad_fn, the gradient of those examples; a builder'
+                    f' takes psf_share={self.share:g}.'
+                )
         if psf_grad_fn is not None and not self.reuse.takes_slices:
             raise ValueError(
                 f'psf_grad_fn must not be given to {type(self.reuse).__name__}'

@@ -97,6 +97,7 @@ class TrainState(flax_train_state.TrainState):
         value: Any = None,
         value_fn: Callable[[PyTree], jax.Array] | None = None,
         psf_grad_fn: Callable[[PyTree], PyTree] | None = None,
+        psf_share: float | None = None,
         **kwargs: Any,
     ) -> Self:
         """One update, as in flax, with the arguments of a sharpness-aware one.
@@ -116,6 +117,8 @@ class TrainState(flax_train_state.TrainState):
                 searches.
             psf_grad_fn: as ``grad_fn``, of a part of the mini-batch, see
                 :func:`vsam_jax.vsam`.
+            psf_share: which part that is, for methods that want to know
+                (:func:`vsam_jax.lean_sam`).
             **kwargs: fields to replace, such as ``batch_stats``.
 
         Returns:
@@ -129,6 +132,7 @@ class TrainState(flax_train_state.TrainState):
             'value': value,
             'value_fn': value_fn,
             'psf_grad_fn': psf_grad_fn,
+            'psf_share': psf_share,
         }
         told = {name: x for name, x in told.items() if x is not None}
         if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
@@ -338,7 +342,7 @@ def _updated(state: Any, begun: Begun) -> Any:
     elif type(state).apply_gradients is flax_train_state.TrainState.apply_gradients:
         # Flax's passes nothing on to the optimizer.
         apply = functools.partial(TrainState.apply_gradients, state)
-    elif 'grad_fn' not in begun.arguments:
+    elif not {'grad_fn', 'psf_grad_fn'} & set(begun.arguments):
         return state.apply_gradients(grads=begun.grads, **fields)
     else:
         raise TypeError(

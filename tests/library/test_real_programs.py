@@ -229,12 +229,13 @@ def test_a_train_state_of_flax_takes_the_second_gradient_too(planned):
     problems.assert_equal(*runs)
 
 
-def test_a_train_state_with_an_update_of_its_own_says_what_to_derive_from():
+@pytest.mark.parametrize('share', [1, 1 / 2])
+def test_a_train_state_with_an_update_of_its_own_says_what_to_derive_from(share):
     tx = optax.chain(vsam_jax.sam(0.1), optax.sgd(0.05))
     create = lambda cls, tx: cls.create(
         apply_fn=None, params=start(), tx=tx, average=start()
     )
-    step = vsam_jax.linen.make_train_step(linen_loss)
+    step = vsam_jax.linen.make_train_step(linen_loss, psf_share=share)
     with pytest.raises(TypeError, match=r'Averaging has an apply_gradients of its own'):
         step(create(Averaging, tx), (X, Y))
     new, _ = step(create(AveragingSAM, tx), (X, Y))

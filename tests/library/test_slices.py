@@ -364,3 +364,58 @@ def test_mapped_over_devices_each_has_its_share_of_the_slice(per_device):
         assert not np.allclose(one.params['kernel'], other.params['kernel'], atol=1e-6)
     else:
         assert_same_run((one.params, one.opt_state), (other.params, other.opt_state))
+
+
+# --- The method made for it ---------------------------------------------------
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('scheduled', [True, False])
+def test_lean_sam_is_steady_vsam_at_a_smaller_radius(scheduled):
+    rho = optax.linear_schedule(0.1, 0.2, 8) if scheduled else 0.1
+    smaller = (lambda count: rho(count) / 2) if callable(rho) else rho / 2
+    ways = (
+        vsam_jax.lean_sam(rho, share=1 / 4, tolerance=0.3),
+        vsam_jax.steady_vsam(smaller, tolerance=0.3),
+    )
+    runs = []
+    for method in ways:
+        params, directions = problems.toy_params(jnp.float64), []
+        state = method.init(params)
+        for batch in batches():
+            direction, state = method.update(
+                jax.grad(mean_loss)(params, batch),
+                state,
+                params,
+                psf_grad_fn=lambda p, b=batch: jax.grad(mean_loss)(p, b[::4]),
+            )
+            directions.append(direction)
+        runs.append(directions)
+    problems.assert_close(*runs)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('framework', [run_linen, run_nnx])
+def test_a_builder_of_another_share_is_named(framework, monkeypatch):
+    lean = lambda name: optax.chain(vsam_jax.lean_sam(0.1), optax.sgd(0.1))
+    monkeypatch.setattr('tests.library.built_runs.optimizer', lean)
+    for settings in ({}, {'psf_share': 1 / 4}):
+        share = settings.get('psf_share', 1)
+        with pytest.raises(
+            ValueError, match=rf'share=0\.125.*share of {share:g} .*psf_share=0\.125'
+        ):
+            framework('', batches(), planned=False, scaled=False, **settings)
+    framework('', batches()[:1], planned=False, scaled=False, psf_share=1 / 8)
+
+
+def test_lean_sam_by_hand_asks_for_the_gradient_of_the_part():
+    method, w = vsam_jax.lean_sam(0.1), jnp.ones(2)
+    with pytest.raises(ValueError, match='By hand give psf_grad_fn'):
+        method.update(w, method.init(w), w, grad_fn=lambda p: p)
+    # Between samples nothing is taken of anything.
+    method.update(w, method.init(w), w, sample=False)
+
+
+def test_a_share_that_is_none_is_named_as_the_method_has_it():
+    with pytest.raises(ValueError, match=r'^share must be one divided by'):
+        vsam_jax.lean_sam(share=0.3)

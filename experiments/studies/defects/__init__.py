@@ -1,0 +1,1 @@
+"""Where public implementations of sharpness-aware methods differ from their papers."""

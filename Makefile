@@ -121,7 +121,7 @@ else ifneq ($(filter cuda%,$(ACCELERATOR)),)
 endif
 
 profile: $(BENCH_ENV)/.ready ## where the time and the memory of a step go
-	$(BENCH_ENV)/bin/python -m experiments.profile --output=$(MEASURED)_profile.json
+	$(BENCH_ENV)/bin/python -m experiments.benchmark.profile --output=$(MEASURED)_profile.json
 
 # Overridden for a trial: make paper MODELS=small_resnet OPTIONS='--config.epochs=1 ...'
 MODELS ?= resnet18 wide_resnet

@@ -14,42 +14,22 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 
-from experiments import (
-    configuration,
-    data,
-    plots,
-    progress,
-    results,
-    shards,
-    tables,
-    timing,
-    tune,
-)
-from experiments.experiment import Experiment
-from experiments.methods import title
-from experiments.shards import Shard
-from experiments.train import train
+from experiments.common import configuration, files, progress, shards, timing
+from experiments.common.shards import Shard
+from experiments.data import sources
+from experiments.methods.titles import title
+from experiments.report import provenance, tables, tuning
+from experiments.report.comparison import SUMMARY, summary_of, write_report
+from experiments.training import run_files
+from experiments.training.experiment import Experiment
+from experiments.training.loop import train
 
-SUMMARY = 'compare.json'
 TIMING = 'timing.json'
-# What the summary repeats of the logs of the runs.
-_CURVES = (
-    'epoch',
-    'loss',
-    'sampled',
-    'budget',
-    'grad_norm',
-    'psf_norm',
-    'psf_norm_change',
-    'validation_accuracy',
-    'test_accuracy',
-)
 
 
 def compare(
@@ -79,14 +59,14 @@ def compare(
     Returns:
         The content of ``compare.json``; nothing of a part.
     """
-    path = results.open_workdir(workdir)
+    path = run_files.open_workdir(workdir)
     shard = shard or Shard()
     if not methods or not seeds:
         raise configuration.ConfigError(
             'config.compare needs at least one method and one seed, got methods'
             f' {list(methods)} and seeds {list(seeds)}.'
         )
-    dataset = data.load(config.data)
+    dataset = sources.load(config.data)
     chosen = chosen or {}
     settings = {
         method: configuration.with_values(
@@ -129,16 +109,16 @@ def compare(
         'name': config.name,
         'baseline': baseline,
         'methods': {
-            method: _summarize(method, runs, times, baseline) for method in methods
+            method: summary_of(method, runs, times, baseline) for method in methods
         },
         'timing': times,
         'chosen': {method: dict(values) for method, values in chosen.items()},
         'config': configuration.plain(config),
-        'command': results.command(),
-        **results.environment(),
+        'command': provenance.command(),
+        **provenance.environment(),
     }
-    summary = results.jsonable(summary)
-    results.write_json(path / SUMMARY, summary)
+    summary = files.jsonable(summary)
+    files.write_json(path / SUMMARY, summary)
     return summary
 
 
@@ -169,7 +149,7 @@ def _timing(
         'rounds': rounds,
         'steps': steps,
         'runs': {
-            method: results.jsonable(configuration.of_run(config))
+            method: files.jsonable(configuration.of_run(config))
             for method, config in configs.items()
         },
     }
@@ -184,118 +164,49 @@ def _timing(
         programs = experiment.method.programs if planned else ()
         for sample in programs or (None,):
             name = {None: 'step', True: 'sampled', False: 'reuse'}[sample]
-            chunk = timing.training_chunk(experiment, steps, sample)
+            chunk = _chunk(experiment, steps, sample)
             timers[f'{method}/{name}'] = functools.partial(timing.seconds_of, chunk)
     seconds = timing.interleaved(timers, rounds)
     # Rounded as in the file, so that a later call returns the same.
-    times = results.jsonable(
+    times = files.jsonable(
         {
             'settings': settings,
-            'variables': results.system_variables(),
+            'variables': provenance.system_variables(),
             'seconds_per_step': {
                 name: [value / steps for value in values]
                 for name, values in seconds.items()
             },
         }
     )
-    results.write_json(file, times)
+    files.write_json(file, times)
     return times
 
 
-def relative_cost(
-    method: str, sampling_rate: float, times: dict[str, Any], baseline: str
-) -> dict[str, float]:
-    """Time of a step relative to the baseline's: median and quartiles over rounds.
+def _chunk(
+    experiment: Experiment, steps: int, sample: bool | None = None
+) -> Callable[[], Any]:
+    """Some steps of a training loop, as the trainer runs them.
 
-    Sampled and reuse steps are timed apart and weighted by how often the method
-    took each, so the cost is that of the whole run.
+    Args:
+        experiment: what to run.
+        steps: how many steps a call makes; the next call goes on from there.
+        sample: for planned methods, whether all of them are sampled or none.
+
+    Returns:
+        A function that makes the steps and returns the state.
     """
-    cost = _seconds_per_step(method, sampling_rate, times)
-    return results.quartiles(cost / _seconds_per_step(baseline, 0.0, times))
+    state = experiment.init(seed=0)
+    epoch = experiment.epoch(seed=0, epoch=0)
+    keywords = {} if sample is None else {'sample': sample}
 
+    def chunk() -> Any:
+        nonlocal state
+        for index in range(steps):
+            batch = experiment.batch(experiment.dataset.train, epoch, index)
+            state, _ = experiment.step(state, batch, **keywords)
+        return state
 
-def _images_per_second(
-    method: str, sampling_rate: float, times: dict[str, Any], batch_size: int
-) -> dict[str, float]:
-    return results.quartiles(
-        batch_size / _seconds_per_step(method, sampling_rate, times)
-    )
-
-
-def _seconds_per_step(
-    method: str, sampling_rate: float, times: dict[str, Any]
-) -> np.ndarray:
-    """Of each round; sampled and reuse steps as often as the method took each."""
-    own = {
-        name.split('/')[1]: np.asarray(values)
-        for name, values in times['seconds_per_step'].items()
-        if name.split('/')[0] == method
-    }
-    if 'reuse' in own:
-        return sampling_rate * own['sampled'] + (1 - sampling_rate) * own['reuse']
-    (seconds,) = own.values()
-    return seconds
-
-
-def _summarize(
-    method: str,
-    runs_of: dict[str, list[dict[str, Any]]],
-    times: dict[str, Any],
-    baseline: str,
-) -> dict[str, Any]:
-    runs = runs_of[method]
-    sampling_rate = float(np.mean([run['sampling_rate'] for run in runs]))
-    ratios = [
-        run['step_seconds'] / reference['step_seconds']
-        for run, reference in zip(runs, runs_of[baseline], strict=True)
-    ]
-    return {
-        'title': title(method, runs[0]['config']['methods'][method]),
-        'settings': runs[0]['config']['methods'][method],
-        'test_accuracy': results.summary(run['test_accuracy'] for run in runs),
-        'best_on': runs[0]['best'].get('on', 'validation'),
-        'best_test_accuracy': results.summary(
-            run['best']['test_accuracy'] for run in runs
-        ),
-        'differences': {
-            other: results.paired(
-                [run['test_accuracy'] for run in runs],
-                [run['test_accuracy'] for run in runs_of[other]],
-            )
-            for other in dict.fromkeys((baseline, 'sam'))
-            if other in runs_of and other != method
-        },
-        'images_per_second': _images_per_second(
-            method, sampling_rate, times, runs[0]['config']['batch_size']
-        ),
-        'relative_time': relative_cost(method, sampling_rate, times, baseline),
-        # Of the training runs themselves: one after the other, so noisier.
-        'relative_time_of_runs': results.quartiles(ratios),
-        'sampling_rate': results.summary(run['sampling_rate'] for run in runs),
-        'train_seconds': results.summary(run['train_seconds'] for run in runs),
-        'compile_seconds': runs[0]['compile_seconds'],
-        'seeds': [run['seed'] for run in runs],
-        'logs': [
-            [
-                {key: entry[key] for key in _CURVES if key in entry}
-                for entry in run['log']
-            ]
-            for run in runs
-        ],
-    }
-
-
-def write_report(summary: dict[str, Any], path: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the table and the figures beside the JSON."""
-    files = [path / 'table.md', path / 'accuracy_vs_cost.png', path / 'training.png']
-    files[0].write_text(
-        f'{tables.markdown(*tables.of_comparison(summary))}\n'
-        f'{tables.markdown(*tables.of_differences(summary))}\n'
-        f'{tables.FOOTNOTE}{tables.DIFFERENCES}\n'
-    )
-    plots.accuracy_against_cost(summary, files[1])
-    plots.training_curves(summary, files[2])
-    return files
+    return chunk
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -305,7 +216,7 @@ def main(arguments: Sequence[str]) -> None:
         configuration.check(config)
         shard = shards.parse(flags.FLAGS.shard)
         file = flags.FLAGS.tuning
-        chosen = tune.load_chosen(file, config.name) if file else None
+        chosen = tuning.load_chosen(file, config.name) if file else None
         summary = configuration.call(
             compare,
             'config.compare',

@@ -3,8 +3,8 @@
     python -m experiments.documents            # writes them
     python -m experiments.documents --check    # fails if one would change
 
-A table stands between ``<!-- begin: name -->`` and ``<!-- end: name -->`` and is made
-from a result file in ``experiments/results``.
+A table stands between ``<!-- begin: name -->`` and ``<!-- end: name -->``. It is made
+from a result file in ``experiments/results``, or is what the report of a study wrote.
 """
 
 import argparse
@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from experiments import controllers_report, flatness_report, noise, results, tables
 from experiments.benchmark import report, variants
+from experiments.report import tables
+from experiments.report.provenance import device_of
 
 ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = pathlib.Path(__file__).parent / 'results'
+EXPERIMENTS = pathlib.Path(__file__).parent
 
 
 def _comparison(folder: str) -> str:
@@ -36,7 +37,7 @@ def _comparison(folder: str) -> str:
         tables.markdown(*tables.of_comparison(summary))
         + (f'\n{differences}' if paired else '')
         + f'\n{tables.FOOTNOTE}{tables.DIFFERENCES if paired else ""} Mean ± sd of'
-        f' {seeds} seeds; {_device(summary)}, jax {summary["versions"]["jax"]}.'
+        f' {seeds} seeds; {device_of(summary)}, jax {summary["versions"]["jax"]}.'
         f' Command: {_commands(timed)}.\n'
     )
 
@@ -45,41 +46,41 @@ def _benchmark() -> str:
     # With PyTorch in the same process the transformer's times are not steady: what
     # JAX does was measured again without it.
     names = ('cpu', 'cpu_transformer', 'cpu_closely')
-    contents = [_load(f'benchmark/{name}.json') for name in names]
+    contents = [_load(f'results/benchmark/{name}.json') for name in names]
     default, again, closely = contents
     return (
         f'{tables.markdown(*report.overview(contents))}\nTime of a step as a'
         ' multiple of the base optimizer of the same library: median (quartiles) over'
         f' interleaved rounds, {closely["rounds"]} for single steps in JAX,'
         f' {again["rounds"]} for the other ways in JAX on the ViT,'
-        f' {default["rounds"]} for the rest; {_device(default)},'
+        f' {default["rounds"]} for the rest; {device_of(default)},'
         f' {_versions(default)}. Commands: {_commands(*contents)}.\n'
     )
 
 
 def _costs() -> str:
-    content = _load('benchmark/cpu_closely.json')
+    content = _load('results/benchmark/cpu_closely.json')
     header, rows = report.overview([content])
     return (
         f'{tables.markdown(header, rows)}\nTime of a step as a multiple of the base'
         f' optimizer: median (quartiles) over {content["rounds"]} interleaved rounds;'
-        f' {_device(content)}, {_versions(content)}. Command: {_commands(content)}.\n'
+        f' {device_of(content)}, {_versions(content)}. Command: {_commands(content)}.\n'
     )
 
 
 def _pages() -> str:
     names = ('small_pages', 'closely')
-    small, huge = (_load(f'benchmark/cpu_{name}.json') for name in names)
+    small, huge = (_load(f'results/benchmark/cpu_{name}.json') for name in names)
     return (
         f'{tables.markdown(*report.of_pages(small, huge))}\nOne program after the'
         f' other: medians (quartiles) over {small["rounds"]} and {huge["rounds"]}'
-        f' rounds; {_device(small)}, {_versions(small)}. Commands:'
+        f' rounds; {device_of(small)}, {_versions(small)}. Commands:'
         f' {_commands(small, huge)}.\n'
     )
 
 
 def _kept_memory() -> str:
-    content = _load('benchmark/cpu_kept_memory.json')
+    content = _load('results/benchmark/cpu_kept_memory.json')
     steps = content['problems']['mlp']['steps']
     cost = lambda name, to: tables.quartiles(steps[name][to])
     return (
@@ -87,14 +88,14 @@ def _kept_memory() -> str:
         f' {cost(variants.SAMPLED, "times_optax_sam")} × optax.contrib.sam, SAM that'
         f' stores the PSF {cost(variants.STORING, "times_optax_sam")} ×, a traced reuse'
         f' step {cost(variants.TRACED_REUSE, "times_base")} × SGD: medians (quartiles)'
-        f' over {content["rounds"]} rounds; {_device(content)}, {_versions(content)}.'
+        f' over {content["rounds"]} rounds; {device_of(content)}, {_versions(content)}.'
         f' Command: {_commands(content)}.\n'
     )
 
 
 def _large() -> str:
     names = ('sweeps', 'sweeps_kept_memory')
-    contents = [_load(f'benchmark/cpu_{name}.json') for name in names]
+    contents = [_load(f'results/benchmark/cpu_{name}.json') for name in names]
     largest = [content['sweeps']['parameters'][-1] for content in contents]
     shown = (
         variants.OPTAX_SAM,
@@ -111,33 +112,33 @@ def _large() -> str:
         f'{tables.markdown(header, rows)}\nThe MLP of'
         f' {largest[0]["parameters"]:,} parameters, batch'
         f' {largest[0]["batch_size"]}: medians (quartiles) over'
-        f' {contents[0]["rounds"]} rounds; {_device(contents[0])},'
+        f' {contents[0]["rounds"]} rounds; {device_of(contents[0])},'
         f' {_versions(contents[0])}. Commands: {_commands(*contents)}.\n'
     )
 
 
 def _whole_runs() -> str:
-    content = _load('benchmark/cpu_runs.json')
+    content = _load('results/benchmark/cpu_runs.json')
     return (
         f'{tables.markdown(*report.of_runs(content["whole_runs"]))}\nThe parts cost'
         ' (1 + p (T_sampled / T_base − 1)) T_base a step, p the share of sampled steps.'
-        f' Median (quartiles) over chunks of the run; {_device(content)},'
+        f' Median (quartiles) over chunks of the run; {device_of(content)},'
         f' {_versions(content)}. Command: {_commands(content)}.\n'
     )
 
 
 def _slices() -> str:
-    content = _load('benchmark/cpu_slices.json')
+    content = _load('results/benchmark/cpu_slices.json')
     return (
         f'{tables.markdown(*report.of_runs(content["whole_runs"]))}\nTemporaries: those'
         ' of the sampled and of the reuse program. Median (quartiles) over chunks of'
-        f' the run; {_device(content)}, {_versions(content)}. Command:'
+        f' the run; {device_of(content)}, {_versions(content)}. Command:'
         f' {_commands(content)}.\n'
     )
 
 
 def _driver() -> str:
-    content = _load('benchmark/cpu_driver.json')
+    content = _load('results/benchmark/cpu_driver.json')
     taken = content['milliseconds']
     cost = lambda name: '{median:.2f} ({low:.2f}–{high:.2f}) ms'.format(**taken[name])
     return (
@@ -146,7 +147,7 @@ def _driver() -> str:
         f' {cost("planned")}, its identities of arrays looked at, and one with a state'
         ' that it did not make, whose memory is looked at too,'
         f' {cost("planned, a state from elsewhere")}: medians (quartiles) over'
-        f' {content["rounds"]} rounds; {_device(content)}, {_versions(content)}.'
+        f' {content["rounds"]} rounds; {device_of(content)}, {_versions(content)}.'
         f' Command: {_commands(content)}.\n'
     )
 
@@ -169,60 +170,16 @@ def _versions(content: dict[str, Any]) -> str:
     return ', '.join(f'{name} {found[name]}' for name in shown if name in found)
 
 
-def _controllers() -> str:
-    reports = controllers_report.load(RESULTS / 'controllers')
-    fresh = controllers_report.load(RESULTS / 'controllers/fresh')
-    versions = sorted({report['versions']['jax'] for report in reports})
-    return (
-        tables.markdown(*controllers_report.short_rows(reports))
-        + f'\n{controllers_report.EXPLANATION} {_device(reports[0])}, jax'
-        f' {", ".join(versions)}. All candidates and the commands:'
-        ' [`table.md`](experiments/results/controllers/table.md). The same with further'
-        ' seeds, which nothing was chosen with:\n\n'
-        + tables.markdown(*controllers_report.short_rows(fresh))
-    )
-
-
-def _noise() -> str:
-    content = _load('controllers/noise.json')
-    return (
-        tables.markdown(*noise.rows_of(content))
-        + f'\nThe published controller on log-normal noise without a trend,'
-        f' K = {content["window"]}, at most {content["max_budget"]}: medians of'
-        f' {content["seeds"]} runs. Command: `{content["command"]}`.\n'
-    )
-
-
-def _flatness() -> str:
-    summary = _load('cifar100_small/flatness/flatness.json')
-    return (
-        tables.markdown(*flatness_report.table(summary))
-        + f'\n{flatness_report.footnote(summary)} Command: `{summary["command"]}`.\n'
-    )
-
-
-def _lemma() -> str:
-    content = _load('cifar100_small/lemma1/flatness.json')
-    margins = [
-        bound / norm
-        for run in content['runs']
-        for row in run['lemma']
-        for bound, norm in zip(row['bound'], row['psf_norm'], strict=True)
-    ]
-    held = sum(margin >= 1 for margin in margins)
-    spread = results.quartiles(margins)
-    return (
-        f'The bound held on {held} of {len(margins)} mini-batches; it is'
-        f' {spread["median"]:.1f} times ‖s‖ (quartiles {spread["low"]:.1f} and'
-        f' {spread["high"]:.1f}). Command: `{content["command"]}`.\n'
-    )
+def _of_study(file: str) -> str:
+    """What a study has written for the documents."""
+    return (EXPERIMENTS / 'studies' / file).read_text()
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    'digits': lambda: _comparison('digits'),
-    'noisy': lambda: _comparison('cifar100_small/noisy'),
-    'underfitted': lambda: _comparison('cifar100_small/underfitted'),
-    'lsq4': lambda: _comparison('digits_lsq/4'),
+    'digits': lambda: _comparison('results/digits'),
+    'noisy': lambda: _comparison('results/cifar100_small/noisy'),
+    'underfitted': lambda: _comparison('results/cifar100_small/underfitted'),
+    'lsq4': lambda: _comparison('studies/quantization/results/digits/4'),
     'costs': _costs,
     'benchmark': _benchmark,
     'pages': _pages,
@@ -231,23 +188,16 @@ TABLES: dict[str, Callable[[], str]] = {
     'whole_runs': _whole_runs,
     'slices': _slices,
     'driver': _driver,
-    'lsq_images': lambda: _comparison('cifar100_small_lsq/4'),
-    'controllers': _controllers,
-    'noise': _noise,
-    'flatness': _flatness,
-    'lemma': _lemma,
+    'lsq_images': lambda: _comparison('studies/quantization/results/cifar100_small/4'),
+    'controllers': lambda: _of_study('controllers/results/summary.md'),
+    'noise': lambda: _of_study('noise/results/noise.md'),
+    'flatness': lambda: _of_study('flatness/results/noisy/table.md'),
+    'lemma': lambda: _of_study('flatness/results/lemma1/lemma1.md'),
 }
 
 
 def _load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text())
-
-
-def _device(content: dict[str, Any]) -> str:
-    device = content['device']
-    if device['platform'] == 'cpu':
-        return f'{device["cpu_cores"]} CPU cores ({device["machine"]})'
-    return f'{device["count"]} × {device["kind"]}'
+    return json.loads((EXPERIMENTS / name).read_text())
 
 
 def documents() -> list[pathlib.Path]:

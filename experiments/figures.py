@@ -10,52 +10,19 @@ Comparisons that differ in ``config.quantization.bits`` are drawn as accuracy ov
 instead.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
-from experiments import configuration, plots, results
-from experiments.compare import SUMMARY
+from experiments.common import configuration
+from experiments.report import comparison_plots
+from experiments.report.comparison import load
+from experiments.training import run_files
 
 FILES = ('figure1.png', 'figure2.png')
 BITS = 'bits.png'
-
-
-def load(workdirs: Sequence[str]) -> list[dict[str, Any]]:
-    """The summaries of comparisons.
-
-    Args:
-        workdirs: what ``--workdir`` of :mod:`experiments.compare` was, or the file
-            that it wrote.
-
-    Returns:
-        What :func:`experiments.compare.compare` returned.
-
-    Raises:
-        ConfigError: where there is no such file, or none of a comparison.
-    """
-    summaries = []
-    for workdir in workdirs:
-        path = pathlib.Path(workdir)
-        path = path / SUMMARY if path.is_dir() else path
-        try:
-            summary = json.loads(path.read_text())
-            complete = all('differences' in row for row in summary['methods'].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise configuration.ConfigError(
-                f'comparison must be a workdir of experiments.compare, got {workdir!r}:'
-                f' {error!r}.'
-            ) from error
-        if not complete:
-            raise configuration.ConfigError(
-                f'{path} is of an older version. Run the comparison again, which finds'
-                ' its runs finished.'
-            )
-        summaries.append(summary)
-    return summaries
 
 
 def write(
@@ -70,12 +37,12 @@ def write(
     Returns:
         The files.
     """
-    if len(set(map(plots.bits_of, summaries))) > 1:
-        plots.accuracy_against_bits(summaries, workdir / BITS)
+    if len(set(map(comparison_plots.bits_of, summaries))) > 1:
+        comparison_plots.accuracy_against_bits(summaries, workdir / BITS)
         return [workdir / BITS]
     files = [workdir / name for name in FILES]
-    plots.accuracy_against_speed(summaries, files[0])
-    plots.norms(summaries, files[1])
+    comparison_plots.accuracy_against_speed(summaries, files[0])
+    comparison_plots.norms(summaries, files[1])
     return files
 
 
@@ -83,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs what the flags say."""
     with configuration.usage(arguments):
         summaries = load(flags.FLAGS.comparison)
-        workdir = results.open_workdir(flags.FLAGS.workdir)
+        workdir = run_files.open_workdir(flags.FLAGS.workdir)
     files = write(summaries, workdir)
     print('written to ' + ', '.join(map(str, files)))
 

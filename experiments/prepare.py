@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from experiments import tfds_data
+from experiments.data import prepared
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f'unknown arguments: {" ".join(arguments[1:])}')
     try:
-        path = tfds_data.prepare(flags.FLAGS.dataset, flags.FLAGS.data_dir)
-    except tfds_data.DataError as error:
+        path = prepared.prepare(flags.FLAGS.dataset, flags.FLAGS.data_dir)
+    except prepared.DataError as error:
         sys.exit(str(error))
     print(f'prepared in {path}')
 

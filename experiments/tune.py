@@ -8,7 +8,6 @@ starts with the finalists when it is started once all others are finished).
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,13 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import configuration, data, progress, results, shards, tables
-from experiments.methods import title
-from experiments.shards import Shard
-from experiments.train import train_seeds
-
-TUNING = 'tuning.json'
+from experiments.common import configuration, files, progress, shards
+from experiments.common.shards import Shard
+from experiments.data import examples, sources
+from experiments.report import provenance, statistics, tables
+from experiments.report.tuning import TUNING, rows_of
+from experiments.training import run_files
+from experiments.training.loop import train_seeds
 
 
 def tune(
@@ -55,7 +55,7 @@ def tune(
     Raises:
         ConfigError: without validation examples, or for seeds that are reported.
     """
-    path = results.open_workdir(workdir)
+    path = run_files.open_workdir(workdir)
     shard = shard or Shard()
     shared = {*seeds, *final_seeds} & set(config.compare.seeds)
     if shared:
@@ -63,7 +63,7 @@ def tune(
             'config.tune.seeds must have none of config.compare.seeds, but both hold'
             f' {sorted(shared)}.'
         )
-    dataset = data.load(config.data)
+    dataset = sources.load(config.data)
     if not dataset.validation.size:
         raise configuration.ConfigError(
             'config.data.validation must be at least 1 where settings are tuned, got 0.'
@@ -103,11 +103,11 @@ def tune(
         'seeds': list(seeds),
         'final_seeds': list(final_seeds),
         'config': configuration.plain(config),
-        'command': results.command(),
-        **results.environment(),
+        'command': provenance.command(),
+        **provenance.environment(),
     }
-    summary = results.jsonable(summary)
-    results.write_json(path / TUNING, summary)
+    summary = files.jsonable(summary)
+    files.write_json(path / TUNING, summary)
     return summary
 
 
@@ -123,12 +123,12 @@ class _Trial:
         return float(np.mean([run['validation_accuracy'] for run in self.runs]))
 
     def judged(self) -> dict[str, Any]:
-        rate = results.summary(run['sampling_rate'] for run in self.runs)
+        rate = statistics.summary(run['sampling_rate'] for run in self.runs)
         # Low where wrong labels are learnt by heart.
-        loss = results.summary(run['log'][-1]['loss'] for run in self.runs)
+        loss = statistics.summary(run['log'][-1]['loss'] for run in self.runs)
         return {
             'settings': self.settings,
-            'validation_accuracy': results.summary(
+            'validation_accuracy': statistics.summary(
                 run['validation_accuracy'] for run in self.runs
             ),
             'sampling_rate': rate['mean'],
@@ -140,7 +140,7 @@ def _try(
     trials: Sequence[_Trial],
     seeds: Sequence[int],
     config: Any,
-    dataset: data.Dataset,
+    dataset: examples.Dataset,
     path: pathlib.Path,
     shard: Shard,
     bar: progress.Bar,
@@ -166,54 +166,6 @@ def _try(
         if trial.runs:
             bar.note(f'{trial.method} {name}: {100 * trial.accuracy():.1f} %')
     return complete
-
-
-def load_chosen(file: str | os.PathLike, name: str) -> dict[str, dict[str, Any]]:
-    """What tuning chose for each method.
-
-    Args:
-        file: a ``tuning.json``.
-        name: ``config.name`` of the runs that the settings are for.
-
-    Returns:
-        By method, dotted paths in the configuration and their values.
-
-    Raises:
-        ConfigError: if the file is none, or of another configuration.
-    """
-    try:
-        tuning = json.loads(pathlib.Path(file).read_text())
-        tuned, chosen = tuning['name'], tuning['chosen']
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise configuration.ConfigError(
-            f'tuning must be a file of experiments.tune, got {str(file)!r}: {error!r}.'
-        ) from error
-    if tuned != name:
-        raise configuration.ConfigError(
-            f'tuning must be of {name!r}, but {file} is of {tuned!r}.'
-        )
-    return chosen
-
-
-def rows_of(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of what was tried."""
-    rows = [
-        [
-            title(method, summary['config']['methods'][method]),
-            # The last part of a path is what tells settings apart.
-            ', '.join(
-                f'{key.rsplit(".", 1)[-1]} {value}'
-                for key, value in trial['settings'].items()
-            ),
-            tables.percent(trial['validation_accuracy']),
-            str(len(trial['validation_accuracy']['values'])),
-            f'{trial["sampling_rate"]:.2f}',
-            'chosen' if trial['settings'] == summary['chosen'][method] else '',
-        ]
-        for method, trials in summary['tried'].items()
-        for trial in trials
-    ]
-    return ['Method', 'Settings', 'Validation, %', 'Seeds', 'Sampled', ''], rows
 
 
 def main(arguments: Sequence[str]) -> None:

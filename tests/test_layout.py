@@ -1,48 +1,86 @@
-"""What tests may import: no other test, and those of the library no experiment."""
+"""What may import what: in the tests, and in the house of the experiments."""
 
-import ast
 import pathlib
 
 import pytest
 
-TESTS = pathlib.Path(__file__).parent
-FILES = {str(path.relative_to(TESTS)): path for path in sorted(TESTS.rglob('*.py'))}
+from tests import house
+
+ROOT = pathlib.Path(__file__).parent.parent
+TESTS = {
+    str(path.relative_to(ROOT / 'tests')): path
+    for path in sorted((ROOT / 'tests').rglob('*.py'))
+}
+
+# From the ground up: a part may import those of its own floor and of floors below.
+FLOORS = (
+    ('common',),
+    ('data', 'models'),
+    ('methods',),
+    ('report', 'configs'),
+    ('training',),
+    ('benchmark',),
+    ('train', 'tune', 'compare', 'figures', 'prepare', 'documents'),
+    ('studies',),
+)
+FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+LEVELS = 10
 
 
-def imported(path: pathlib.Path) -> set[str]:
-    """The modules that a file names where it imports, at any depth."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(TESTS.parent).parts[: -node.level]
-            base = '.'.join((*(package if node.level else ()), *_parts(node.module)))
-            # What is imported from a package may be a module of it.
-            found |= {base, *(f'{base}.{alias.name}' for alias in node.names)}
-    return found
+@pytest.fixture(scope='module')
+def experiments() -> dict[str, set[str]]:
+    """The modules of the experiments and those that each imports."""
+    return house.imports(ROOT, 'experiments')
 
 
-def _parts(name: str | None) -> list[str]:
-    return name.split('.') if name else []
-
-
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', TESTS)
 def test_no_file_imports_a_test(name):
-    tests = [m for m in imported(FILES[name]) if '.test_' in f'.{m}']
+    tests = [m for m in house.named(TESTS[name], ROOT) if '.test_' in f'.{m}']
     assert tests == []
 
 
-@pytest.mark.parametrize('name', [n for n in FILES if n.startswith('library')])
+@pytest.mark.parametrize('name', [n for n in TESTS if n.startswith('library')])
 def test_tests_of_the_library_import_no_experiment(name):
-    modules = {module.split('.')[0] for module in imported(FILES[name])}
-    experiments = [m for m in imported(FILES[name]) if m.startswith('tests.exp')]
-    assert 'experiments' not in modules
-    assert experiments == []
+    imported = house.named(TESTS[name], ROOT)
+    assert 'experiments' not in {module.split('.')[0] for module in imported}
+    assert [m for m in imported if m.startswith('tests.exp')] == []
 
 
-def test_imports_of_all_kinds_are_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr('tests.test_layout.TESTS', tmp_path / 'tests')
+def test_nothing_imports_upwards(experiments):
+    upwards = [
+        f'{name} imports {other}'
+        for name, others in experiments.items()
+        for other in others
+        if name != 'experiments' and _floor(other) > _floor(name)
+    ]
+    assert upwards == []
+
+
+def _floor(name: str) -> int:
+    return FLOOR[name.split('.')[1]]
+
+
+def test_no_study_imports_another(experiments):
+    study = lambda name: name.split('.')[2] if name.count('.') > 1 else name
+    between = [
+        f'{name} imports {other}'
+        for name, others in experiments.items()
+        for other in others
+        if other.startswith('experiments.studies.') and study(name) != study(other)
+    ]
+    assert between == []
+
+
+def test_chains_of_imports_are_short(experiments):
+    deep = {
+        name: level
+        for name, level in house.levels(experiments).items()
+        if level > LEVELS
+    }
+    assert deep == {}
+
+
+def test_imports_of_all_kinds_are_seen(tmp_path):
     path = tmp_path / 'tests' / 'library' / 'test_a.py'
     path.parent.mkdir(parents=True)
     path.write_text(
@@ -52,9 +90,18 @@ def test_imports_of_all_kinds_are_seen(tmp_path, monkeypatch):
         '    from . import e\n'
         '    from ..g import h\n'
     )
-    assert imported(path) >= {
+    assert house.named(path, tmp_path) >= {
         'a.b',
         'tests.test_d',
         'tests.library.e',
         'tests.g.h',
     }
+    (path.parent / 'e.py').write_text('')
+    assert house.imports(tmp_path, 'tests')['tests.library.test_a'] == {
+        'tests.library.e'
+    }
+
+
+def test_a_level_is_the_longest_way_down():
+    imported = {'a': set(), 'b': {'a'}, 'c': {'a', 'b'}, 'd': {'c', 'a'}}
+    assert house.levels(imported) == {'a': 1, 'b': 2, 'c': 3, 'd': 4}

@@ -18,7 +18,6 @@ import jax
 from absl import app, flags
 from rich import console, progress
 
-from experiments import results, tables
 from experiments.benchmark import (
     peak,
     problems,
@@ -28,6 +27,8 @@ from experiments.benchmark import (
     variants,
     whole_runs,
 )
+from experiments.common import files
+from experiments.report import provenance, tables
 
 PARTS = ('steps', 'sweeps', 'runs')
 
@@ -68,14 +69,14 @@ class _Benchmark:
         self._bars = bars
         self._number = number
         self.content: dict[str, Any] = {
-            'command': results.command(),
-            **results.environment(),
-            'variables': results.system_variables(),
+            'command': provenance.command(),
+            **provenance.environment(),
+            'variables': provenance.system_variables(),
             'rounds': number,
         }
 
     def save(self) -> None:
-        results.write_json(self._output, self.content)
+        files.write_json(self._output, self.content)
 
     def bar(self, name: str, total: int) -> Any:
         """A bar's function that moves it on by one."""

@@ -19,7 +19,8 @@ import optax
 from absl import app, flags
 
 import vsam_jax
-from experiments import results, timing
+from experiments.common import files, timing
+from experiments.report import provenance, statistics
 
 _CALLS = 30
 
@@ -71,7 +72,7 @@ def measure(leaves: int, rounds: int) -> dict[str, Any]:
         skipped=2,
     )
     return {
-        name: results.quartiles(1e3 * taken for taken in values)
+        name: statistics.quartiles(1e3 * taken for taken in values)
         for name, values in seconds.items()
     }
 
@@ -82,14 +83,14 @@ def main(arguments: Sequence[str]) -> None:
         raise app.UsageError(f'unknown arguments: {" ".join(arguments[1:])}')
     options: Any = flags.FLAGS
     content = {
-        'command': results.command(),
-        **results.environment(),
-        'variables': results.system_variables(),
+        'command': provenance.command(),
+        **provenance.environment(),
+        'variables': provenance.system_variables(),
         'leaves': options.leaves,
         'rounds': options.rounds,
         'milliseconds': measure(options.leaves, options.rounds),
     }
-    results.write_json(pathlib.Path(options.output), content)
+    files.write_json(pathlib.Path(options.output), content)
     print(f'written to {options.output}')
 
 

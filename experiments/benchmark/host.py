@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 import vsam_jax
-from experiments import timing
 from experiments.benchmark import jax_steps, variants
 from experiments.benchmark.problems import Problem
+from experiments.common import timing
 
 
 class _Reuse:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import models
-from experiments.networks import vit
+from experiments.models import zoo
+from experiments.models.networks import vit
 
 
 class Problem(NamedTuple):
@@ -102,7 +102,7 @@ def images(
     settings: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> Problem:
-    """A network of :mod:`experiments.models` on 32×32 colour images.
+    """A network of :mod:`experiments.models.zoo` on 32×32 colour images.
 
     Args:
         title: for tables.
@@ -114,7 +114,7 @@ def images(
     Returns:
         The problem.
     """
-    model = models.create(name, settings or {}, num_classes=10)
+    model = zoo.create(name, settings or {}, num_classes=10)
     return Problem(title, model, (batch_size, 32, 32, 3), **kwargs)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import matplotlib
 from matplotlib import ticker
 
-from experiments import plots, tables
 from experiments.benchmark import variants
+from experiments.report import plots, tables
 
 Content = Mapping[str, Any]
 

@@ -7,11 +7,13 @@ same round), so that whatever else the machine does in a round touches both.
 
 import functools
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from experiments import results, timing
+import numpy as np
+
+from experiments.common import timing
+from experiments.report import statistics
 
 # A runner runs for about so many seconds in a round.
 _SECONDS = 0.3
@@ -80,9 +82,9 @@ def ratios(
     """Median and quartiles of a time as a multiple of another of the same round."""
     # A slow one took part in the first rounds only.
     pairs = zip(seconds[name], seconds[to], strict=False)
-    return results.quartiles(a / b for a, b in pairs)
+    return statistics.quartiles(a / b for a, b in pairs)
 
 
 def milliseconds(seconds: Sequence[float]) -> float:
     """The median of the times of a step."""
-    return 1e3 * statistics.median(seconds)
+    return 1e3 * float(np.median(seconds))

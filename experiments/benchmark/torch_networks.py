@@ -7,9 +7,9 @@ from torch import nn as tnn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
 from experiments.benchmark.problems import MLP
-from experiments.networks.resnet import BasicBlock, ResNet
-from experiments.networks.vit import ViT
-from experiments.networks.wide_resnet import WideResNet
+from experiments.models.networks.resnet import BasicBlock, ResNet
+from experiments.models.networks.vit import ViT
+from experiments.models.networks.wide_resnet import WideResNet
 
 
 def port(model: nn.Module, shape: tuple[int, ...]) -> tnn.Module:

@@ -19,9 +19,10 @@ import jax
 import optax
 
 import vsam_jax
-from experiments import results, timing
 from experiments.benchmark import jax_steps, variants
 from experiments.benchmark.problems import Problem
+from experiments.common import timing
+from experiments.report import statistics
 
 
 class Method(NamedTuple):
@@ -157,7 +158,7 @@ def measure(
         'steps': windows * chunk,
         'plan_reads': run.driver.num_reads,
         'temporaries': _temporaries(driver, problem, tx),
-        **{name: results.quartiles(values) for name, values in quotients.items()},
+        **{name: statistics.quartiles(values) for name, values in quotients.items()},
     }
 
 

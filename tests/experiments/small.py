@@ -4,10 +4,11 @@ from typing import Any
 
 import ml_collections
 
-from experiments import configuration, methods
+from experiments.common import configuration
+from experiments.methods import registry
 
 # What methods are made for, where it does not matter.
-TASK = methods.Task(
+TASK = registry.Task(
     num_steps=10,
     steps_per_epoch=5,
     num_examples=20,

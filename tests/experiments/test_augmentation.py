@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import augmentation, data
-from experiments.augmentation import Augmentation
+from experiments.data import augmentation, examples, sources
+from experiments.data.augmentation import Augmentation
 
 MEAN = np.array([100.0, 50.0, 150.0], np.float32)
 STD = np.array([60.0, 50.0, 70.0], np.float32)
@@ -120,15 +120,15 @@ def test_settings_that_cannot_be_meant_are_refused(settings, message):
 
 
 @pytest.fixture(scope='module')
-def dataset() -> data.Dataset:
-    return data.synthetic(train=40, validation=4, test=4, size=6)
+def dataset() -> examples.Dataset:
+    return sources.synthetic(train=40, validation=4, test=4, size=6)
 
 
-def take(dataset: data.Dataset, epoch: int, index: int, **arguments) -> np.ndarray:
+def take(dataset: examples.Dataset, epoch: int, index: int, **arguments) -> np.ndarray:
     order = jnp.tile(jnp.arange(20), (2, 1))
-    arguments.setdefault('key', data.epoch_key(jax.random.key(0), epoch))
+    arguments.setdefault('key', examples.epoch_key(jax.random.key(0), epoch))
     arguments.setdefault('augmentation', EVERYTHING)
-    batch = data.take_batch(
+    batch = examples.take_batch(
         dataset.train, dataset.mean, dataset.std, order, index, **arguments
     )
     return np.asarray(batch['image'])
@@ -140,13 +140,15 @@ def test_a_resumed_epoch_sees_the_same_images_and_another_epoch_others(dataset):
     # The order is the same in all of them, so what differs is the augmentation.
     assert np.any(batch != take(dataset, epoch=3, index=0))
     assert np.any(batch != take(dataset, epoch=2, index=1))
-    key = data.epoch_key(jax.random.key(1), 3)
+    key = examples.epoch_key(jax.random.key(1), 3)
     assert np.any(batch != take(dataset, epoch=3, index=1, key=key))
 
 
 def test_without_augmentation_images_are_only_normalised(dataset):
     plain = take(dataset, epoch=0, index=0, augmentation=None, key=None)
-    expected = data.normalize(dataset.train.images[:20], dataset.mean, dataset.std)
+    expected = augmentation.normalize(
+        dataset.train.images[:20], dataset.mean, dataset.std
+    )
     np.testing.assert_allclose(plain, expected, rtol=1e-6, atol=1e-6)
     nothing = take(dataset, epoch=0, index=0, augmentation=Augmentation())
     np.testing.assert_allclose(nothing, plain, rtol=1e-6, atol=1e-6)

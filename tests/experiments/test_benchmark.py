@@ -13,7 +13,6 @@ import pytest
 from flax import traverse_util
 
 import vsam_jax
-from experiments import models
 from experiments.benchmark import (
     jax_steps,
     problems,
@@ -24,7 +23,8 @@ from experiments.benchmark import (
     variants,
     whole_runs,
 )
-from experiments.networks import vit
+from experiments.models import zoo
+from experiments.models.networks import vit
 from vsam_jax import convolutions
 from vsam_jax._state import only_state
 
@@ -261,7 +261,7 @@ def small_networks() -> dict[str, problems.Problem]:
 def as_in_pytorch(problem: problems.Problem, params: Any) -> list[np.ndarray]:
     """Flax's parameters in the layouts and the order of the PyTorch module."""
     flat = traverse_util.flatten_dict(params)
-    paths = models.parameter_paths(problem.model, problem.shape[1:])
+    paths = zoo.parameter_paths(problem.model, problem.shape[1:])
     found: list[np.ndarray] = []
     for path in paths:
         values, projection = np.asarray(flat[path]), path[-2:-1]

@@ -10,17 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import (
-    candidates,
-    configuration,
-    controllers,
-    controllers_report,
-    methods,
-    noise,
-    tune,
-)
-from experiments.configs import controllers as tasks
-from experiments.shards import Shard
+from experiments import tune
+from experiments.common import configuration
+from experiments.common.shards import Shard
+from experiments.configs.digits_tasks import TASKS
+from experiments.methods import registry, titles
+from experiments.studies.controllers import candidates, measure, report
+from experiments.studies.controllers import config as study
+from experiments.studies.noise import __main__ as noise
 from tests.experiments.small import TASK
 from vsam_jax._state import only_state
 
@@ -129,22 +126,22 @@ def test_a_fitted_weight_is_one_where_psfs_repeat_and_less_where_they_are_noise(
     assert noisy.scale < 0.9
 
 
-@pytest.mark.parametrize('task', [*tasks.TASKS, 'cifar'])
+@pytest.mark.parametrize('task', [*TASKS, 'cifar'])
 def test_every_task_is_complete(task):
-    config = tasks.get_config(task)
+    config = study.get_config(task)
     configuration.check(config)
     tuned = list(dict.fromkeys(method for method, *_ in config.tune.grid))
     assert tuned == list(config.compare.methods)
     for name in tuned:
-        methods.create(name, config.methods[name], config.optimizer, TASK)
-    assert len({methods.title(name, config.methods[name]) for name in tuned}) == len(
+        registry.create(name, config.methods[name], config.optimizer, TASK)
+    assert len({titles.title(name, config.methods[name]) for name in tuned}) == len(
         tuned
     )
 
 
 def test_an_unknown_task_is_named():
     with pytest.raises(ValueError, match=r"task must be one of mlp_200, .*; got 'no'"):
-        tasks.get_config('no')
+        study.get_config('no')
 
 
 def test_noise_raises_the_published_budget_the_more_the_wider_it_is():
@@ -160,7 +157,7 @@ def test_noise_raises_the_published_budget_the_more_the_wider_it_is():
 def config() -> ml_collections.ConfigDict:
     """A task that takes no time."""
     config = configuration.with_values(
-        tasks.get_config('mlp_200'),
+        study.get_config('mlp_200'),
         {
             'data.train': 80,
             'data.validation': 20,
@@ -195,9 +192,9 @@ def test_candidates_are_run_with_their_own_settings_and_with_those_of_sam(
         'tuning': tuning,
     }
     # A part reports nothing; the whole makes what is left.
-    assert not controllers.measure(config, tmp_path, **plan, shard=Shard(0, 2))
-    summary = controllers.measure(config, tmp_path, **plan)
-    assert json.loads((tmp_path / controllers.SUMMARY).read_text()) == summary
+    assert not measure.measure(config, tmp_path, **plan, shard=Shard(0, 2))
+    summary = measure.measure(config, tmp_path, **plan)
+    assert json.loads((tmp_path / measure.SUMMARY).read_text()) == summary
     third = summary['methods']['every_third']
     assert third['title'] == 'every 3rd, β = 0.7'
     assert 'as_sam' not in summary['methods']['sam']
@@ -217,13 +214,13 @@ def test_candidates_are_run_with_their_own_settings_and_with_those_of_sam(
         )
         assert third[kind]['minus_sam']['mean'] == pytest.approx(expected, abs=1e-6)
     assert third['own']['sampling_rate']['mean'] == pytest.approx(2 / 6)
-    header, rows = controllers.rows_of(summary)
+    header, rows = measure.rows_of(summary)
     assert {len(row) for row in rows} == {len(header)}
 
 
 def test_a_method_that_was_not_tuned_is_named(config, tmp_path):
     with pytest.raises(configuration.ConfigError, match='what was tuned'):
-        controllers.measure(
+        measure.measure(
             config,
             tmp_path,
             methods=('sam', 'late'),
@@ -236,15 +233,15 @@ def test_the_base_optimizer_may_be_adamw(config):
     chosen = configuration.with_values(config, {'optimizer.weight_decay': 0.0})
     with chosen.unlocked():
         chosen.optimizer = {'name': 'adamw', 'learning_rate': 0.1}
-    tx = methods.create('sgd', {}, chosen.optimizer, TASK).tx
+    tx = registry.create('sgd', {}, chosen.optimizer, TASK).tx
     params = {'w': jnp.ones(3)}
     updates, _ = tx.update({'w': jnp.array([5.0, -3.0, 0.1])}, tx.init(params), params)
     np.testing.assert_allclose(updates['w'], [-0.1, 0.1, -0.1], rtol=1e-4)
     with pytest.raises(configuration.ConfigError, match=r'config\.optimizer\.name'):
-        methods.create('sgd', {}, {**chosen.optimizer, 'name': 'no'}, TASK)
+        registry.create('sgd', {}, {**chosen.optimizer, 'name': 'no'}, TASK)
 
 
-def report(name: str, steps: int, **minus_sam: float) -> dict[str, Any]:
+def made_up(name: str, steps: int, **minus_sam: float) -> dict[str, Any]:
     """What the report reads of a task, with made-up numbers."""
     spread = lambda mean: {'mean': mean, 'sd': 0.01, 'values': [mean, mean]}
     method = lambda name, minus: {
@@ -278,34 +275,37 @@ def report(name: str, steps: int, **minus_sam: float) -> dict[str, Any]:
         'methods': {key: method(key, minus) for key, minus in minus_sam.items()},
         'config': {'label_noise': 0.4, 'model': 'mlp', 'data': {'name': 'digits'}},
         'commands': ['python -m one'],
+        'versions': {'jax': '1'},
+        'device': {'platform': 'cpu', 'cpu_cores': 2, 'machine': 'x'},
     }
 
 
 def test_the_report_joins_tasks_and_leaves_out_what_did_not_take_part(tmp_path):
-    few = report('few', 200, sam=0.0, vsam=-0.05)
-    many = report('many', 2000, sam=0.0, vsam=0.02, late=-0.3)
+    few = made_up('few', 200, sam=0.0, vsam=-0.05)
+    many = made_up('many', 2000, sam=0.0, vsam=0.02, late=-0.3)
     for each in (many, few):
         (tmp_path / f'{each["name"]}.json').write_text(json.dumps(each))
     (tmp_path / 'noise.json').write_text('{"budgets": {}}')
-    reports = controllers_report.load(tmp_path)
+    reports = report.load(tmp_path)
     assert [each['name'] for each in reports] == ['few', 'many']
-    header, rows = controllers_report.rows_of(reports, 'own')
+    header, rows = report.rows_of(reports, 'own')
     assert header[2] == 'digits, mlp, 200 steps, 40 % wrong'
     assert rows == [
         ['sam', '0.30', '50.0 ± 1.0', '50.0 ± 1.0'],
         ['vsam', '0.30', '−5.0 [−6.0, −4.0]', '+2.0 [+1.0, +3.0]'],
         ['late', '0.30', '', '−30.0 [−31.0, −29.0]'],
     ]
-    _, rows = controllers_report.rows_of(reports, 'as_sam', only=('vsam',))
+    _, rows = report.rows_of(reports, 'as_sam', only=('vsam',))
     assert [row[0] for row in rows] == ['vsam']
-    table, *figures = controllers_report.write(reports, tmp_path)
+    table, *figures, summary = report.write(reports, tmp_path)
     assert 'python -m one' in table.read_text()
+    assert summary.read_text().startswith('| Task |')
     assert all(file.read_bytes().startswith(b'\x89PNG') for file in figures)
 
 
 def test_a_curve_over_rho_takes_the_best_of_what_else_was_tuned():
-    tried = report('any', 1, vsam=0.0)['methods']['vsam']['tried']
-    rhos, means, values = controllers_report.curve('vsam', tried)
+    tried = made_up('any', 1, vsam=0.0)['methods']['vsam']['tried']
+    rhos, means, values = report.curve('vsam', tried)
     assert rhos == [0.5, 1.0]
     np.testing.assert_allclose(means, [60, 70])
     assert [len(seeds) for seeds in values] == [2, 2]
@@ -313,4 +313,4 @@ def test_a_curve_over_rho_takes_the_best_of_what_else_was_tuned():
 
 def test_a_directory_without_reports_is_named(tmp_path):
     with pytest.raises(configuration.ConfigError, match='workdir must hold files'):
-        controllers_report.load(tmp_path)
+        report.load(tmp_path)

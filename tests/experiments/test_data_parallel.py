@@ -18,11 +18,13 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments import configuration, data, progress, results
+from experiments.common import configuration, progress
+from experiments.common.devices import Devices
 from experiments.configs import digits
-from experiments.devices import Devices
-from experiments.experiment import Experiment
-from experiments.train import train
+from experiments.data import sources
+from experiments.training import run_files, run_log
+from experiments.training.experiment import Experiment
+from experiments.training.loop import train
 from tests.processes import ROOT, free_port
 
 # No number of examples is a multiple of the number of devices, and ESAM's second
@@ -81,8 +83,8 @@ def run(
 
 
 def numbers_of(path: pathlib.Path) -> list[dict[str, Any]]:
-    lines = results.read_lines(path / results.LOG)
-    lines += results.read_lines(path / results.TRACE)
+    lines = run_log.read_lines(path / run_log.LOG)
+    lines += run_log.read_lines(path / run_log.TRACE)
     times = ('seconds', 'images_per_second')
     return [
         {name: value for name, value in line.items() if name not in times}
@@ -112,7 +114,7 @@ def assert_same_to_rounding(
 def test_each_device_holds_its_share_of_the_images_and_no_more():
     devices = Devices.first(4)
     settings = {'name': 'synthetic', 'train': 30, 'validation': 3, 'test': 8, 'size': 4}
-    there, whole = data.load(settings, devices), data.load(settings)
+    there, whole = sources.load(settings, devices), sources.load(settings)
     for name, length in (('train', 8), ('validation', 1), ('test', 2)):
         split, expected = getattr(there, name), getattr(whole, name)
         assert split.size == expected.size
@@ -254,18 +256,18 @@ def test_two_processes_that_were_killed_end_as_one_with_as_many_devices(tmp_path
     with processes(tmp_path / 'one', count=1) as (process,):
         assert process.wait(timeout=600) == 0
     with processes(path, count=2) as started:
-        while len(results.read_lines(path / results.LOG)) < 6:
+        while len(run_log.read_lines(path / run_log.LOG)) < 6:
             assert all(process.poll() is None for process in started), outputs(path)
             time.sleep(0.01)
-    assert not (path / results.RESULT).exists()
-    assert any((path / results.CHECKPOINTS).iterdir())
+    assert not (path / run_files.RESULT).exists()
+    assert any((path / run_files.CHECKPOINTS).iterdir())
     with processes(path, count=2) as started:
         for process in started:
             assert process.wait(timeout=600) == 0, outputs(path)
     assert numbers_of(path) == numbers_of(tmp_path / 'one')
     # One of them alone says and writes what came out.
     assert ['written to' in text for text in outputs(path)] == [True, False]
-    assert len(list((path / results.TENSORBOARD).iterdir())) == 1
+    assert len(list((path / run_log.TENSORBOARD).iterdir())) == 1
     # What is wrong both of them say, and neither waits for the other.
     with processes(path, count=2, epochs=17) as started:
         for process in started:

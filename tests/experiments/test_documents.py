@@ -1,10 +1,14 @@
 """What README.md and docs/ say: examples run, tables are those of the result files."""
 
+import json
 import re
 
 import pytest
 
 from experiments import documents
+from experiments.studies.controllers import report as controllers_report
+from experiments.studies.flatness import report as flatness
+from experiments.studies.noise import __main__ as noise
 
 FILES = {file.name: file for file in documents.documents()}
 EXAMPLES = [
@@ -24,6 +28,35 @@ def test_an_example_runs_as_it_stands(file, example):
 @pytest.mark.parametrize('name', FILES)
 def test_tables_are_made_from_the_result_files(name):
     assert documents.render(FILES[name]) == FILES[name].read_text()
+
+
+def test_what_studies_wrote_is_made_from_their_numbers():
+    studies = documents.EXPERIMENTS / 'studies'
+    minima, lemma, controllers = (
+        studies / name / 'results' / place
+        for name, place in (
+            ('flatness', 'noisy'),
+            ('flatness', 'lemma1'),
+            ('controllers', ''),
+        )
+    )
+    measured = {
+        path: json.loads((path / 'flatness.json').read_text())
+        for path in (minima, lemma)
+    }
+    drawn = json.loads((studies / 'noise/results/noise.json').read_text())
+    made = {
+        minima / 'table.md': flatness.markdown(measured[minima]),
+        lemma / 'table.md': flatness.markdown(measured[lemma]),
+        lemma / 'lemma1.md': flatness.lemma(measured[lemma]),
+        studies / 'noise/results/noise.md': noise.markdown(drawn),
+        controllers / 'summary.md': controllers_report.summary(
+            controllers_report.load(controllers),
+            controllers_report.load(controllers / controllers_report.FRESH),
+        ),
+    }
+    for file, text in made.items():
+        assert file.read_text() == text, file
 
 
 @pytest.mark.parametrize('name', FILES)

@@ -9,10 +9,10 @@ import optax
 import pytest
 
 import vsam_jax
-from experiments import esam, saf
-from experiments.esam import ESAM
-from experiments.experiment import RunState
-from experiments.saf import SAF
+from experiments.methods import esam, saf
+from experiments.methods.esam import ESAM
+from experiments.methods.saf import SAF
+from experiments.training.state import RunState
 
 LEARNING_RATE = 0.5
 N, C = 6, 3

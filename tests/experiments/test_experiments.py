@@ -16,22 +16,16 @@ import numpy as np
 import pytest
 
 import vsam_jax
-from experiments import (
-    compare,
-    configuration,
-    data,
-    experiment,
-    figures,
-    methods,
-    models,
-    progress,
-    results,
-    shards,
-    tables,
-    tune,
-)
+from experiments import compare, figures, tune
+from experiments.common import configuration, files, progress, shards
 from experiments.configs import cifar10, cifar100, cifar100_small, digits
-from experiments.train import change_of_norm, train
+from experiments.data import augmentation, examples, sources
+from experiments.methods import registry
+from experiments.models import zoo
+from experiments.report import comparison, statistics, tables, tuning
+from experiments.training import experiment, loss, run_files, run_log
+from experiments.training.loop import change_of_norm, train
+from experiments.training.state import COLUMNS
 from tests import processes
 from tests.experiments.small import TASK, changed
 
@@ -70,16 +64,16 @@ def programs(config) -> experiment.Experiment:
 
 def test_exactly_the_asked_share_of_labels_is_wrong_and_follows_from_the_seed():
     labels = np.arange(1000) % 10
-    noisy = data.flip_labels(labels, 0.4, 10, seed=3)
+    noisy = examples.flip_labels(labels, 0.4, 10, seed=3)
     assert np.sum(noisy != labels) == 400
     assert set(np.unique(noisy)) <= set(range(10))
-    np.testing.assert_array_equal(noisy, data.flip_labels(labels, 0.4, 10, seed=3))
-    assert np.any(noisy != data.flip_labels(labels, 0.4, 10, seed=4))
-    np.testing.assert_array_equal(labels, data.flip_labels(labels, 0.0, 10, seed=3))
+    np.testing.assert_array_equal(noisy, examples.flip_labels(labels, 0.4, 10, seed=3))
+    assert np.any(noisy != examples.flip_labels(labels, 0.4, 10, seed=4))
+    np.testing.assert_array_equal(labels, examples.flip_labels(labels, 0.0, 10, seed=3))
 
 
 def test_label_noise_leaves_images_and_held_back_examples_alone():
-    clean = data.digits(100, 50, 60)
+    clean = sources.digits(100, 50, 60)
     noisy = clean.with_label_noise(0.5, seed=0)
     assert int(jnp.sum(noisy.train.labels != clean.train.labels)) == 50
     assert noisy.train.images is clean.train.images
@@ -88,7 +82,7 @@ def test_label_noise_leaves_images_and_held_back_examples_alone():
 
 
 def test_splits_of_the_digits_share_no_example():
-    every = data.digits()
+    every = sources.digits()
     parts = {
         name: {image.tobytes() for image in np.asarray(split.images)}
         for name, split in (
@@ -107,7 +101,9 @@ def test_splits_of_the_digits_share_no_example():
 
 def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch():
     order = lambda seed, epoch: np.asarray(
-        data.epoch_order(jax.random.key(seed), epoch, num_examples=60, batch_size=20)
+        examples.epoch_order(
+            jax.random.key(seed), epoch, num_examples=60, batch_size=20
+        )
     )
     first = order(0, 5)
     assert first.shape == (3, 20)
@@ -118,18 +114,18 @@ def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch():
 
 
 def test_an_epoch_that_does_not_divide_repeats_no_example():
-    order = data.epoch_order(jax.random.key(0), 0, num_examples=50, batch_size=20)
+    order = examples.epoch_order(jax.random.key(0), 0, num_examples=50, batch_size=20)
     assert order.shape == (2, 20)
     assert len(np.unique(order)) == 40
 
 
 def test_a_batch_holds_the_named_examples_normalised():
-    dataset = data.digits(100, 20, 20)
+    dataset = sources.digits(100, 20, 20)
     order = jnp.arange(100).reshape(2, 50)
-    batch = data.take_batch(dataset.train, dataset.mean, dataset.std, order, 1)
+    batch = examples.take_batch(dataset.train, dataset.mean, dataset.std, order, 1)
     np.testing.assert_array_equal(batch['index'], np.arange(50, 100))
     np.testing.assert_array_equal(batch['label'], dataset.train.labels[50:])
-    everything = data.normalize(dataset.train.images, dataset.mean, dataset.std)
+    everything = augmentation.normalize(dataset.train.images, dataset.mean, dataset.std)
     np.testing.assert_allclose(batch['image'], everything[50:])
     assert abs(float(everything.mean())) < 1e-4
     assert abs(float(everything.std()) - 1) < 1e-4
@@ -140,7 +136,7 @@ def test_a_batch_holds_the_named_examples_normalised():
 
 @pytest.mark.parametrize('name', ['sgd', 'sam', 'asam', 'looksam', 'vsam'])
 def test_every_method_of_the_configuration_is_made_with_its_settings(config, name):
-    method = methods.create(name, config.methods[name], config.optimizer, TASK)
+    method = registry.create(name, config.methods[name], config.optimizer, TASK)
     loss = lambda w: jnp.sum(w**4)
     params = jnp.array([1.0, 2.0])
 
@@ -185,7 +181,7 @@ def test_methods_without_a_plan_say_whether_they_take_second_gradients(
 
 def test_a_method_may_have_a_learning_rate_of_its_own(config):
     settings = {'optimizer': {'learning_rate': 0.5}}
-    own = methods.create(
+    own = registry.create(
         'sgd', settings, {**config.optimizer, 'weight_decay': 0.0}, TASK
     )
     updates, _ = own.tx.update(jnp.ones(2), own.tx.init(jnp.ones(2)), jnp.ones(2))
@@ -193,7 +189,7 @@ def test_a_method_may_have_a_learning_rate_of_its_own(config):
 
 
 def test_the_learning_rate_ends_at_zero():
-    tx = methods.base_optimizer(3, {'learning_rate': 1.0, 'momentum': 0.0})
+    tx = registry.base_optimizer(3, {'learning_rate': 1.0, 'momentum': 0.0})
     state = tx.init(jnp.ones(()))
     sizes = []
     for _ in range(4):
@@ -203,7 +199,7 @@ def test_the_learning_rate_ends_at_zero():
 
 
 def test_smoothed_labels_spread_the_share_over_the_other_classes():
-    smooth = experiment.smooth_labels(jnp.array([1]), 5, 0.1)
+    smooth = loss.smooth_labels(jnp.array([1]), 5, 0.1)
     np.testing.assert_allclose(smooth, [[0.025, 0.9, 0.025, 0.025, 0.025]], rtol=1e-6)
 
 
@@ -221,7 +217,7 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_labels(config, programs):
     targets[np.arange(len(targets)), batch['label']] = 0.9
     expected = -np.mean(np.sum(targets * jax.nn.log_softmax(logits), axis=-1))
     new, _ = runs.step(state, batch)
-    loss = new.record[0, experiment.COLUMNS.index('loss')]
+    loss = new.record[0, COLUMNS.index('loss')]
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
@@ -230,8 +226,8 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_labels(config, programs):
 
 def test_a_result_holds_settings_accuracies_times_and_what_ran(config, tmp_path):
     result = train(config, tmp_path, bar=progress.Bar())
-    assert result == json.loads((tmp_path / results.RESULT).read_text())
-    assert result['config'] == results.jsonable(configuration.of_run(config))
+    assert result == json.loads((tmp_path / run_files.RESULT).read_text())
+    assert result['config'] == files.jsonable(configuration.of_run(config))
     assert result['seed'] == 0
     assert result['steps'] == 12
     assert 0 <= result['test_accuracy'] <= 1
@@ -243,13 +239,13 @@ def test_a_result_holds_settings_accuracies_times_and_what_ran(config, tmp_path)
     assert result['command'].startswith('python')
     # Epochs 2 and 4 are logged, with the mean of the steps in between; every step
     # stands in the trace.
-    log = results.read_lines(tmp_path / results.LOG)
-    trace = results.read_lines(tmp_path / results.TRACE)
+    log = run_log.read_lines(tmp_path / run_log.LOG)
+    trace = run_log.read_lines(tmp_path / run_log.TRACE)
     assert log == result['log']
     assert [entry['step'] for entry in log] == [6, 12]
     accuracies = [
         (step, pytest.approx(value))
-        for step, name, value in scalars_of(tmp_path / results.TENSORBOARD)
+        for step, name, value in scalars_of(tmp_path / run_log.TENSORBOARD)
         if name == 'test_accuracy'
     ]
     assert accuracies == [(entry['step'], entry['test_accuracy']) for entry in log]
@@ -295,7 +291,7 @@ def test_planned_and_traced_agree(config, tmp_path):
     for dispatch in configuration.DISPATCHES:
         path = tmp_path / dispatch
         train(changed(config, dispatch=dispatch), path, bar=progress.Bar())
-        trace = results.read_lines(path / results.TRACE)
+        trace = run_log.read_lines(path / run_log.TRACE)
         losses[dispatch] = [x for entry in trace for x in entry['loss']]
         losses[dispatch, 'plan'] = [x for entry in trace for x in entry['sampled']]
     # What the compiler fuses, and so how it rounds, differs with a conditional.
@@ -385,18 +381,18 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(config, method, tmp_path)
     whole = go('whole', progress.Bar())
     with pytest.raises(KeyboardInterrupt):
         go('cut', _Interrupt())
-    assert not (tmp_path / 'cut' / results.RESULT).exists()
+    assert not (tmp_path / 'cut' / run_files.RESULT).exists()
     resumed = go('cut', bar := progress.Bar())
     assert without_times(resumed['log']) == without_times(whole['log'])
     assert resumed['num_samples'] == whole['num_samples']
     assert bar.done == 12
     traces = [
-        results.read_lines(tmp_path / name / results.TRACE) for name in ('whole', 'cut')
+        run_log.read_lines(tmp_path / name / run_log.TRACE) for name in ('whole', 'cut')
     ]
     assert traces[0] == traces[1]
 
     # The checkpoint of the finished run is no start for one with other settings.
-    (tmp_path / 'cut' / results.RESULT).unlink()
+    (tmp_path / 'cut' / run_files.RESULT).unlink()
     with pytest.raises(configuration.ConfigError, match='label_noise'):
         train(
             changed(config, label_noise=0.1),
@@ -429,12 +425,6 @@ def test_augmentation_follows_from_seed_and_epoch_and_changes_training(
     plain = images(programs, 0, 0, 0)
     assert np.any(first != plain)
     np.testing.assert_array_equal(plain, images(programs, 1, 1, 1))
-
-
-def test_runs_from_before_there_was_augmentation_stay_valid(config):
-    assert 'augmentation' not in configuration.of_run(config)
-    augmented = configuration.of_run(changed(config, augmentation__flip=True))
-    assert augmented['augmentation']['flip'] is True
 
 
 def test_a_finished_run_is_not_run_again(config, programs, tmp_path):
@@ -491,10 +481,10 @@ def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / 'x.json'
-    results.write_json(path, {'a': float('nan'), 'b': (np.float32(0.5), 1)})
+    files.write_json(path, {'a': float('nan'), 'b': (np.float32(0.5), 1)})
     assert json.loads(path.read_text()) == {'a': None, 'b': [0.5, 1]}
     with pytest.raises(TypeError):
-        results.write_json(path, {'a': 1, 'b': object()})
+        files.write_json(path, {'a': 1, 'b': object()})
     assert json.loads(path.read_text()) == {'a': None, 'b': [0.5, 1]}
     assert [file.name for file in tmp_path.iterdir()] == ['x.json']
 
@@ -502,10 +492,10 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
 def test_a_line_that_was_cut_short_and_later_steps_are_dropped(tmp_path):
     path = tmp_path / 'log.jsonl'
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    lines = results.Lines(path, keep=2)
+    lines = run_log.Lines(path, keep=2)
     lines.append({'step': 5})
-    assert [entry['step'] for entry in results.read_lines(path)] == [1, 2, 5]
-    assert lines.entries == results.read_lines(path)
+    assert [entry['step'] for entry in run_log.read_lines(path)] == [1, 2, 5]
+    assert lines.entries == run_log.read_lines(path)
 
 
 def scalars_of(path: pathlib.Path) -> list[tuple[int, str, float]]:
@@ -528,10 +518,10 @@ def test_tensorboard_shows_the_log_and_nothing_else(tmp_path):
         {'step': 6, 'loss': 0.25, 'budget': float('nan')},
         {'step': 9, 'loss': 0.125, 'budget': 2.0},
     ]
-    with results.Events(tmp_path / 'x') as events:
+    with run_log.Events(tmp_path / 'x') as events:
         events.append({'step': 6, 'loss': 9.0})
     # As if the first run had been interrupted, with a checkpoint of step 3.
-    with results.Events(tmp_path / 'x', log[:1]) as events:
+    with run_log.Events(tmp_path / 'x', log[:1]) as events:
         for entry in log[1:]:
             events.append(entry)
     assert scalars_of(tmp_path / 'x') == [
@@ -543,8 +533,8 @@ def test_tensorboard_shows_the_log_and_nothing_else(tmp_path):
 
 
 def test_no_events_are_written_without_tensorboardx(tmp_path, monkeypatch):
-    monkeypatch.setattr(results.importlib.util, 'find_spec', lambda _: None)
-    with results.Events(tmp_path / 'x') as events:
+    monkeypatch.setattr(run_log.importlib.util, 'find_spec', lambda _: None)
+    with run_log.Events(tmp_path / 'x') as events:
         events.append({'step': 1, 'loss': 0.5})
     assert not (tmp_path / 'x').exists()
 
@@ -576,7 +566,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
         )
 
     def lines(name: str) -> list[dict[str, Any]]:
-        return results.read_lines(tmp_path / name / results.LOG)
+        return run_log.read_lines(tmp_path / name / run_log.LOG)
 
     assert start('whole').wait(timeout=300) == 0
     killed = []
@@ -587,12 +577,12 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
             time.sleep(0.001)
         process.kill()
         killed.append(process.wait())
-        assert not (tmp_path / 'cut' / results.RESULT).exists()
+        assert not (tmp_path / 'cut' / run_files.RESULT).exists()
     assert killed == [-signal.SIGKILL] * 3
     process = start('cut')
     assert process.wait(timeout=300) == 0
     traces = [
-        results.read_lines(tmp_path / name / results.TRACE) for name in ('whole', 'cut')
+        run_log.read_lines(tmp_path / name / run_log.TRACE) for name in ('whole', 'cut')
     ]
     assert traces[0] == traces[1]
     assert without_times(lines('whole')) == without_times(lines('cut'))
@@ -602,7 +592,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def comparison(config, tmp_path_factory) -> tuple[dict[str, Any], pathlib.Path]:
+def compared(config, tmp_path_factory) -> tuple[dict[str, Any], pathlib.Path]:
     path = tmp_path_factory.mktemp('comparison')
     summary = compare.compare(
         config,
@@ -615,13 +605,13 @@ def comparison(config, tmp_path_factory) -> tuple[dict[str, Any], pathlib.Path]:
     return summary, path
 
 
-def test_a_comparison_runs_methods_and_seeds_and_says_what_came_out(comparison):
-    summary, path = comparison
-    assert summary == json.loads((path / compare.SUMMARY).read_text())
+def test_a_comparison_runs_methods_and_seeds_and_says_what_came_out(compared):
+    summary, path = compared
+    assert summary == json.loads((path / comparison.SUMMARY).read_text())
     for method in ('sgd', 'vsam'):
         row = summary['methods'][method]
         singles = [
-            json.loads((path / method / f'seed{seed}' / results.RESULT).read_text())
+            json.loads((path / method / f'seed{seed}' / run_files.RESULT).read_text())
             for seed in (0, 1)
         ]
         values = [single['test_accuracy'] for single in singles]
@@ -634,8 +624,8 @@ def test_a_comparison_runs_methods_and_seeds_and_says_what_came_out(comparison):
     assert set(summary['timing']['seconds_per_step']) == names
 
 
-def test_finished_runs_of_a_comparison_are_not_run_again(config, comparison):
-    summary, path = comparison
+def test_finished_runs_of_a_comparison_are_not_run_again(config, compared):
+    summary, path = compared
     before = {file: file.stat().st_mtime_ns for file in path.glob('*/*/result.json')}
     assert len(before) == 4
     again = compare.compare(
@@ -671,11 +661,11 @@ def test_methods_take_what_tuning_chose_for_them(config, tmp_path):
     file = tmp_path / 'tuning.json'
     chosen = {'sgd': {'optimizer.learning_rate': 0.02}, 'sam': {'methods.sam.rho': 0.3}}
     file.write_text(json.dumps({'name': config.name, 'chosen': chosen}))
-    assert tune.load_chosen(file, config.name) == chosen
+    assert tuning.load_chosen(file, config.name) == chosen
     with pytest.raises(configuration.ConfigError, match="must be of 'x', but"):
-        tune.load_chosen(file, 'x')
+        tuning.load_chosen(file, 'x')
     with pytest.raises(configuration.ConfigError, match='a file of experiments'):
-        tune.load_chosen(tmp_path / 'none.json', config.name)
+        tuning.load_chosen(tmp_path / 'none.json', config.name)
     summary = compare.compare(
         changed(config, epochs=2),
         tmp_path,
@@ -704,10 +694,10 @@ def test_a_shard_that_is_none_says_what_is_allowed(text):
 
 def test_differences_are_those_of_runs_of_the_same_seed():
     # By hand: differences 1, 2, 3 have mean 2, deviation 1, and t(2; 0.975) = 4.302653.
-    found = results.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    found = statistics.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     half = 4.302653 / np.sqrt(3)
     assert found == pytest.approx({'mean': 2, 'low': 2 - half, 'high': 2 + half})
-    single = results.paired([2.0], [1.0])
+    single = statistics.paired([2.0], [1.0])
     assert single == {'mean': 1.0, 'low': None, 'high': None}
     assert tables.points({'mean': -0.012, 'low': -0.02, 'high': 0.004}) == (
         '−1.2 [−2.0, +0.4]'
@@ -724,9 +714,9 @@ def test_the_change_of_the_psf_norm_is_that_between_samples():
     assert np.isnan(change_of_norm(norms[:2], sampled[:2]))
 
 
-def test_figures_join_comparisons_of_several_networks(comparison, tmp_path):
-    summary, path = comparison
-    loaded = figures.load([str(path), str(path / compare.SUMMARY)])
+def test_figures_join_comparisons_of_several_networks(compared, tmp_path):
+    summary, path = compared
+    loaded = comparison.load([str(path), str(path / comparison.SUMMARY)])
     assert loaded == [summary, summary]
     for file in figures.write(loaded, tmp_path):
         assert file.read_bytes().startswith(b'\x89PNG')
@@ -736,11 +726,11 @@ def test_figures_join_comparisons_of_several_networks(comparison, tmp_path):
     assert file.name == 'bits.png'
     assert file.read_bytes().startswith(b'\x89PNG')
     with pytest.raises(configuration.ConfigError, match='a workdir of experiments'):
-        figures.load([str(tmp_path)])
+        comparison.load([str(tmp_path)])
     old = tmp_path / 'old.json'
     old.write_text('{"methods": {"sgd": {}}}')
     with pytest.raises(configuration.ConfigError, match='older version'):
-        figures.load([str(old)])
+        comparison.load([str(old)])
 
 
 def test_costs_weigh_sampled_and_reuse_steps_within_a_round():
@@ -752,15 +742,15 @@ def test_costs_weigh_sampled_and_reuse_steps_within_a_round():
             'vsam/reuse': [1.0, 2.0, 4.0],
         }
     }
-    cost = lambda method, rate: compare.relative_cost(method, rate, times, 'sgd')
+    cost = lambda method, rate: comparison.relative_cost(method, rate, times, 'sgd')
     assert cost('sgd', 0.0) == {'median': 1, 'low': 1, 'high': 1}
     assert cost('sam', 1.0) == {'median': 2, 'low': 2, 'high': 2}
     assert cost('vsam', 0.25) == {'median': 1.25, 'low': 1.25, 'high': 1.25}
 
 
-def test_the_report_is_a_table_and_two_figures(comparison, tmp_path):
-    summary, _ = comparison
-    files = compare.write_report(summary, tmp_path)
+def test_the_report_is_a_table_and_two_figures(compared, tmp_path):
+    summary, _ = compared
+    files = comparison.write_report(summary, tmp_path)
     assert [file.suffix for file in files] == ['.md', '.png', '.png']
     lines = files[0].read_text().splitlines()
     assert len([line for line in lines if line.startswith('|')]) == 4 + 3
@@ -787,7 +777,7 @@ def test_tuning_judges_on_the_validation_examples_alone(config, tmp_path):
     for trial, value in zip(trials, (1e-4, 0.05), strict=True):
         runs = tmp_path / 'sgd' / f'optimizer.learning_rate={value},label_noise=0.0'
         accuracies = [
-            json.loads((runs / f'seed{seed}' / results.RESULT).read_text())
+            json.loads((runs / f'seed{seed}' / run_files.RESULT).read_text())
             for seed in (100, 101)
         ]
         assert trial['validation_accuracy']['values'] == [
@@ -832,7 +822,7 @@ def test_the_digits_configuration_is_complete_and_its_seeds_are_apart():
     assert not set(config.tune.seeds) & set(config.compare.seeds)
     assert len(config.compare.seeds) >= 5
     for method in config.methods:
-        methods.create(method, config.methods[method], config.optimizer, TASK)
+        registry.create(method, config.methods[method], config.optimizer, TASK)
 
 
 @pytest.mark.parametrize(
@@ -844,12 +834,12 @@ def test_the_configurations_of_cifar_are_the_published_recipe(config, num_classe
     configuration.check(config)
     assert not set(config.tune.seeds) & set(config.compare.seeds)
     for name in config.models:
-        models.create(name, config.models[name], num_classes)
+        zoo.create(name, config.models[name], num_classes)
     for name in config.methods:
-        methods.create(name, config.methods[name], config.optimizer, TASK)
+        registry.create(name, config.methods[name], config.optimizer, TASK)
     assert set(config.compare.methods) <= set(config.methods)
     assert config.data.name == config.name
-    assert config.data.statistics in data.NORMALIZATIONS
+    assert config.data.statistics in sources.NORMALIZATIONS
     # 200 epochs of ⌊50,000 / 128⌋ steps; warm-up of three of them.
     assert (config.epochs, config.batch_size) == (200, 128)
     assert config.methods.vsam.warmup_steps == 3 * (50_000 // config.batch_size)
@@ -883,8 +873,8 @@ def test_where_the_data_is_is_no_setting_of_a_run(tmp_path):
     # Nor was it one of a run whose result still names it.
     old = configuration.of_run(here)
     old['data']['cache_dir'] = '/else'
-    (tmp_path / results.RESULT).write_text(json.dumps({'config': old}))
-    assert results.finished(tmp_path, configuration.of_run(here)) == {'config': old}
+    (tmp_path / run_files.RESULT).write_text(json.dumps({'config': old}))
+    assert run_files.finished(tmp_path, configuration.of_run(here)) == {'config': old}
 
 
 @pytest.mark.parametrize('regime', cifar100_small.REGIMES)
@@ -892,12 +882,12 @@ def test_the_small_configurations_are_complete(regime):
     config: Any = cifar100_small.get_config(regime)
     configuration.check(config)
     assert not set(config.tune.seeds) & set(config.compare.seeds)
-    models.create(config.model, config.models[config.model], 20)
+    zoo.create(config.model, config.models[config.model], 20)
     for method, field, values, others in config.tune.grid:
         for value in values:
             trial = {field: value, **dict(others)}
             setting: Any = configuration.with_values(config, trial)
-            methods.create(method, setting.methods[method], setting.optimizer, TASK)
+            registry.create(method, setting.methods[method], setting.optimizer, TASK)
 
 
 def test_an_unknown_regime_is_named():

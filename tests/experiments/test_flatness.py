@@ -12,18 +12,11 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from experiments import (
-    configuration,
-    curvature,
-    experiment,
-    finished,
-    flatness,
-    flatness_report,
-    progress,
-    results,
-)
+from experiments.common import configuration, files, progress
 from experiments.configs import digits
-from experiments.train import train
+from experiments.studies.flatness import curvature, measure, report
+from experiments.training import experiment, loss, run_files
+from experiments.training.loop import train
 from tests import problems
 
 SPECTRUM = np.array([-6.0, -0.5, 0.0, 0.25, 1.0, 2.0, 4.0, 5.0])
@@ -166,7 +159,7 @@ def test_in_units_of_filters_the_scale_of_a_filter_does_not_count():
 def test_lemma_1_is_an_equality_where_the_gradient_is_the_leading_eigenvector():
     a, vectors = matrix(np.arange(1.0, 9.0))
     w = 3 * vectors[:, -1]
-    sides = flatness.lemma(quadratic(w), w, a, rho=0.7)
+    sides = measure.lemma(quadratic(w), w, a, rho=0.7)
     for side in ('psf_norm', 'first_order', 'bound'):
         np.testing.assert_allclose(sides[side], 0.7 * 8, rtol=1e-6)
 
@@ -175,7 +168,7 @@ def test_lemma_1_is_an_equality_where_the_gradient_is_the_leading_eigenvector():
 def test_lemma_1_is_a_bound_elsewhere_and_one_of_magnitude():
     a, vectors = matrix()
     w = vectors @ jnp.ones(8)
-    sides = flatness.lemma(quadratic(w), w, a, rho=0.7)
+    sides = measure.lemma(quadratic(w), w, a, rho=0.7)
     g = a @ w
     np.testing.assert_allclose(
         sides['psf_norm'], 0.7 * jnp.linalg.norm(a @ g) / jnp.linalg.norm(g)
@@ -188,7 +181,7 @@ def test_lemma_1_is_a_bound_elsewhere_and_one_of_magnitude():
 # --- The program --------------------------------------------------------------
 
 
-SETTINGS = flatness.Settings(
+SETTINGS = measure.Settings(
     mode='eval', examples=90, rhos=(0.1, 0.5), samples=3, points=5, lemma_batches=2
 )
 
@@ -236,17 +229,14 @@ def runs(config, tmp_path_factory) -> pathlib.Path:
 def measured(runs, tmp_path_factory) -> tuple[dict[str, Any], pathlib.Path]:
     """What is measured of these runs, and where it was written."""
     path = tmp_path_factory.mktemp('flatness')
-    return flatness.measure([runs], path, SETTINGS), path
+    return measure.measure([runs], path, SETTINGS), path
 
 
 def test_a_run_keeps_as_many_checkpoints_as_it_is_told_to(runs):
-    assert finished.steps(runs / 'sam' / 'seed0') == [6, 9]
+    assert run_files.steps(runs / 'sam' / 'seed0') == [6, 9]
 
 
-def test_runs_that_keep_one_checkpoint_are_described_as_before(config):
-    one = configuration.with_values(config, {'checkpoint_keep': 1})
-    assert 'checkpoint_keep' not in configuration.of_run(one)
-    assert configuration.of_run(config)['checkpoint_keep'] == 2
+def test_a_run_keeps_at_least_one_checkpoint(config):
     with pytest.raises(configuration.ConfigError, match='checkpoint_keep must be'):
         configuration.check(configuration.with_values(config, {'checkpoint_keep': 0}))
 
@@ -257,7 +247,7 @@ def ended(config, runs) -> tuple[experiment.Experiment, Any, Any]:
     own = experiment.Experiment(configuration.with_values(config, {'seed': 1}))
     noisy = own.dataset.with_label_noise(config.label_noise, 1).train
     like = jax.eval_shape(lambda: own.init(1))
-    variables = finished.variables(
+    variables = run_files.variables(
         runs / 'sam' / 'seed1', {'params': like.params, 'batch_stats': like.batch_stats}
     )
     return own, noisy, variables
@@ -284,9 +274,9 @@ def test_lemma_1_is_of_the_mini_batches_that_come_next_in_training_mode(
     own, noisy, variables = ended
     rho = digits.get_config().methods.sam.rho
     batch = own.batch(noisy, own.epoch(seed=1, epoch=3), 1)
-    loss = experiment.loss_of(own.model, 0.0)
+    loss_fn = loss.loss_of(own.model, 0.0)
     gradient = jax.jit(
-        jax.grad(lambda p: loss(p, variables['batch_stats'], batch, None)[0])
+        jax.grad(lambda p: loss_fn(p, variables['batch_stats'], batch, None)[0])
     )
     flat = lambda p: np.asarray(ravel_pytree(p)[0])
     w, unravel = ravel_pytree(variables['params'])
@@ -305,7 +295,7 @@ def test_a_measurement_holds_every_run_and_is_not_made_twice(
         ('sam', 1),
         ('sgd', 0),
     ]
-    assert summary == json.loads((path / flatness.SUMMARY).read_text())
+    assert summary == json.loads((path / measure.SUMMARY).read_text())
     for run in summary['runs']:
         first, *_, last = run['eigenvalues']
         assert first >= last >= run['smallest_eigenvalue']
@@ -314,8 +304,8 @@ def test_a_measurement_holds_every_run_and_is_not_made_twice(
             assert len(run[name]) == 5
             np.testing.assert_allclose(run[name][2], run['loss'], rtol=1e-5)
         assert 0 < run['loss_rise'][0] < run['loss_rise'][1]
-    monkeypatch.setattr(flatness, 'Experiment', None)
-    again = flatness.measure([runs], path, SETTINGS)
+    monkeypatch.setattr(measure, 'Experiment', None)
+    again = measure.measure([runs], path, SETTINGS)
     assert again['runs'] == summary['runs']
 
 
@@ -338,7 +328,7 @@ def test_the_report_has_a_column_per_method_and_ratios_of_the_same_seeds(
     measured, tmp_path
 ):
     summary, _ = measured
-    header, rows = flatness_report.table(summary)
+    header, rows = report.table(summary)
     assert header == ['', 'SGD', 'SAM', 'SGD / SAM']
     (row,) = [row for row in rows if row[0] == 'λ max, per filter']
     sam, _, sgd = (run['relative_eigenvalue'] for run in summary['runs'])
@@ -346,8 +336,13 @@ def test_the_report_has_a_column_per_method_and_ratios_of_the_same_seeds(
     assert ' ± ' in row[2]
     # Seed 1 has no partner, and one pair has no interval.
     assert row[3] == f'{sgd / sam:.3g}'
-    files = flatness_report.write(summary, tmp_path)
-    assert [file.name for file in files] == ['table.md', 'flatness.png', 'lemma1.png']
+    files = report.write(summary, tmp_path)
+    assert [file.name for file in files] == [
+        'table.md',
+        'flatness.png',
+        'lemma1.png',
+        'lemma1.md',
+    ]
     assert all(file.stat().st_size > 0 for file in files)
 
 
@@ -356,7 +351,7 @@ def test_runs_of_one_method_with_other_settings_have_their_own_title(measured):
     first, second, third = summary['runs']
     other = json.loads(json.dumps(second))
     other['config']['methods']['sam']['rho'] = 0.1
-    titles = flatness_report.groups({**summary, 'runs': [first, other, third]})
+    titles = report.groups({**summary, 'runs': [first, other, third]})
     assert list(titles) == ['SGD', 'SAM, rho 1.0', 'SAM, rho 0.1']
 
 
@@ -364,21 +359,21 @@ def test_where_the_data_is_comes_from_who_measures(runs, tmp_path):
     path = runs / 'sgd' / 'seed0'
     # The digits are nowhere else: that the setting arrives is what can be seen.
     with pytest.raises(configuration.ConfigError, match="holds 'data_dir'"):
-        flatness.measure([path], tmp_path, SETTINGS, {'data_dir': '/somewhere'})
+        measure.measure([path], tmp_path, SETTINGS, {'data_dir': '/somewhere'})
 
 
 def test_what_cannot_be_measured_is_refused(config, runs, tmp_path):
     def refused(message: str, *workdirs: pathlib.Path) -> None:
         with pytest.raises(configuration.ConfigError, match=message):
-            flatness.measure(workdirs, tmp_path / 'out', SETTINGS)
+            measure.measure(workdirs, tmp_path / 'out', SETTINGS)
 
     refused("no result.json in or below '.*nowhere'", tmp_path / 'nowhere')
 
     run = tmp_path / 'run'
     shutil.copytree(runs / 'sgd' / 'seed0', run)
-    result = json.loads((run / results.RESULT).read_text())
-    write = lambda **values: results.write_json(
-        run / results.RESULT, {**result, **values}
+    result = json.loads((run / run_files.RESULT).read_text())
+    write = lambda **values: files.write_json(
+        run / run_files.RESULT, {**result, **values}
     )
     write(config=None)
     refused(f"workdir of a finished run, got '{run}'", run)
@@ -387,9 +382,9 @@ def test_what_cannot_be_measured_is_refused(config, runs, tmp_path):
     write(steps=12)
     refused('ended at step 12, but its last checkpoint is of step 9', run)
     write()
-    shutil.rmtree(run / results.CHECKPOINTS)
+    shutil.rmtree(run / run_files.CHECKPOINTS)
     refused('holds no checkpoint; run it with config.checkpoint_every > 0', run)
-    assert not (run / results.CHECKPOINTS).exists()
+    assert not (run / run_files.CHECKPOINTS).exists()
 
 
 @pytest.mark.parametrize(
@@ -402,14 +397,14 @@ def test_what_cannot_be_measured_is_refused(config, runs, tmp_path):
 )
 def test_settings_that_cannot_be_meant_are_refused(values, message):
     with pytest.raises(configuration.ConfigError, match=message):
-        flatness.Settings(**values)
+        measure.Settings(**values)
 
 
 def test_what_is_read_of_a_run_names_no_directory_of_its_machine(tmp_path):
     data = {'name': 'digits', 'cache_dir': 'there', 'data_dir': 'there'}
     result = {'config': {'seed': 1, 'data': data}, 'test_accuracy': 0.5}
     (tmp_path / 'result.json').write_text(json.dumps(result))
-    assert finished.result_of(tmp_path) == {
+    assert run_files.result_of(tmp_path) == {
         'config': {'seed': 1, 'data': {'name': 'digits'}},
         'test_accuracy': 0.5,
     }

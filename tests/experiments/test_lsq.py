@@ -14,23 +14,17 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from experiments import (
-    configuration,
-    experiment,
-    integers,
-    layer_inputs,
-    lsq,
-    methods,
-    models,
-    progress,
-    quantization,
-    results,
-)
-from experiments.configs import cifar100, cifar100_small_lsq, digits, digits_lsq
-from experiments.documents import RESULTS
-from experiments.networks.layers import logits, norm
-from experiments.quantization import QuantizedOperands
-from experiments.train import train
+from experiments.common import configuration, progress
+from experiments.configs import digits
+from experiments.documents import EXPERIMENTS
+from experiments.methods import registry
+from experiments.models import layer_inputs, lsq, quantization, zoo
+from experiments.models.networks.layers import logits, norm
+from experiments.models.quantization import QuantizedOperands
+from experiments.studies.quantization import cifar100_small, integers
+from experiments.studies.quantization import digits as quantized_digits
+from experiments.training import experiment, run_files
+from experiments.training.loop import train
 from tests.experiments.small import SMALL, TASK, changed
 
 BITS = (2, 3, 4, 8)
@@ -214,7 +208,7 @@ def test_weights_and_activations_that_are_all_zero_give_finite_steps_and_gradien
 
 
 def test_grids_start_from_the_weights_and_from_the_first_images():
-    network = models.MLP(num_classes=3, width=4, depth=1)
+    network = zoo.MLP(num_classes=3, width=4, depth=1)
     model = quantization.quantize(network, IMAGE, bits=2)
     images = jax.random.normal(jax.random.key(1), (6, *IMAGE))
     params, full = jax.jit(
@@ -251,9 +245,9 @@ def flat_shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[Any, Any]:
     return traverse_util.flatten_dict(params)
 
 
-@pytest.mark.parametrize('name', list(models.MODELS))
+@pytest.mark.parametrize('name', list(zoo.MODELS))
 def test_every_network_can_be_quantized_and_keeps_its_parameters(name):
-    network = models.create(name, SMALL[name], num_classes=7)
+    network = zoo.create(name, SMALL[name], num_classes=7)
     full = flat_shapes(network, (32, 32, 3))
     kernels = {path[:-1] for path in full if path[-1] == 'kernel'}
     steps = {
@@ -278,7 +272,7 @@ def test_every_network_can_be_quantized_and_keeps_its_parameters(name):
 
 
 def test_a_quantized_network_computes_in_its_own_dtype():
-    network = models.create('cnn', {'width': 2, 'dtype': 'bfloat16'}, num_classes=3)
+    network = zoo.create('cnn', {'width': 2, 'dtype': 'bfloat16'}, num_classes=3)
     model = quantization.quantize(network, IMAGE, bits=4)
     x = jax.ShapeDtypeStruct((2, *IMAGE), jnp.float32)
     variables = jax.eval_shape(
@@ -309,7 +303,7 @@ def test_a_quantized_network_computes_in_its_own_dtype():
     ],
 )
 def test_grids_of_inputs_are_signed_unless_a_relu_precedes(name, signed):
-    network = models.create(name, SMALL[name], num_classes=7)
+    network = zoo.create(name, SMALL[name], num_classes=7)
     model = quantization.quantize(network, (32, 32, 3), bits=4)
     found = {'/'.join(layer.path) for layer in model.layers if layer.signed_input}
     everywhere = {'/'.join(layer.path) for layer in model.layers}
@@ -371,7 +365,7 @@ def test_a_layer_that_is_called_twice_is_signed_if_one_of_its_inputs_is():
 
 
 def test_a_quantized_network_runs_under_vmap():
-    network = models.MLP(num_classes=3, width=4, depth=1)
+    network = zoo.MLP(num_classes=3, width=4, depth=1)
     model = quantization.quantize(network, IMAGE, bits=4)
     x = jax.random.normal(jax.random.key(1), (5, *IMAGE))
     keys = jax.random.split(jax.random.key(0), 2)
@@ -391,7 +385,7 @@ def test_a_quantized_network_runs_under_vmap():
 
 @pytest.mark.parametrize('bits', [1, 5, 16, -2, True, '4', 4.5])
 def test_other_numbers_of_bits_are_refused(bits):
-    network = models.MLP(num_classes=3)
+    network = zoo.MLP(num_classes=3)
     with pytest.raises(
         ValueError, match=r'bits must be one of 2, 3, 4, 8, or 0 .* got'
     ):
@@ -399,7 +393,7 @@ def test_other_numbers_of_bits_are_refused(bits):
 
 
 def test_no_bits_leave_a_network_as_it_is():
-    network = models.MLP(num_classes=3)
+    network = zoo.MLP(num_classes=3)
     assert quantization.quantize(network, IMAGE) is network
 
 
@@ -568,7 +562,7 @@ def test_a_start_from_another_task_is_refused(config, finished):
 
 def test_a_start_from_a_run_without_checkpoints_is_refused(config, finished, tmp_path):
     path, _ = finished
-    shutil.copy(path / 'seed3' / results.RESULT, tmp_path)
+    shutil.copy(path / 'seed3' / run_files.RESULT, tmp_path)
     runs = experiment.Experiment(changed(config, init_from=str(tmp_path)))
     with pytest.raises(configuration.ConfigError, match='holds no checkpoint; run it'):
         runs.init(0)
@@ -585,19 +579,6 @@ def test_a_quantized_network_trains_with_vsam(config, tmp_path):
     assert 0 < result['sampling_rate'] < 1
     losses = [entry['loss'] for entry in result['log']]
     assert losses[-1] < losses[0]
-
-
-def test_runs_without_quantization_are_described_as_before(config):
-    described = configuration.of_run(config)
-    assert not described.keys() & {'quantization', 'init_from'}
-    again = configuration.from_run(described)
-    assert again.quantization == changed(config).quantization
-    assert again.init_from == ''
-    quantized = changed(config, quantization__bits=4, init_from='somewhere')
-    described = configuration.of_run(quantized)
-    assert described['quantization'] == {'bits': 4}
-    assert described['init_from'] == 'somewhere'
-    assert cifar100.get_config().quantization.bits == 0
 
 
 @pytest.mark.parametrize(
@@ -623,7 +604,7 @@ def test_settings_that_cannot_be_meant_are_refused(config, values, message):
 
 @pytest.mark.parametrize('bits', [2, 4])
 def test_digits_in_a_few_bits_differ_from_the_digits_in_nothing_else(bits):
-    quantized = digits_lsq.get_config(str(bits))
+    quantized = quantized_digits.get_config(str(bits))
     assert quantized.quantization.bits == bits
     differs = configuration.differences(
         configuration.plain(digits.get_config()), configuration.plain(quantized)
@@ -641,15 +622,17 @@ def test_digits_in_a_few_bits_differ_from_the_digits_in_nothing_else(bits):
         ),
     }
     for name, settings in quantized.methods.items():
-        methods.create(name, settings, quantized.optimizer, TASK)
+        registry.create(name, settings, quantized.optimizer, TASK)
 
 
 @pytest.mark.parametrize('bits', [2, 4])
 def test_the_small_images_have_the_settings_of_full_precision(bits):
-    quantized = cifar100_small_lsq.get_config(str(bits))
+    quantized = cifar100_small.get_config(str(bits))
     configuration.check(quantized)
     assert quantized.quantization.bits == bits
-    full = json.loads((RESULTS / 'cifar100_small/noisy/tuning.json').read_text())
+    full = json.loads(
+        (EXPERIMENTS / 'results' / 'cifar100_small/noisy/tuning.json').read_text()
+    )
     for name in ('sgd', 'sam', 'vsam', 'steady_vsam'):
         for path, value in full['chosen'][name].items():
             assert functools.reduce(getattr, path.split('.'), quantized) == value
@@ -658,13 +641,13 @@ def test_the_small_images_have_the_settings_of_full_precision(bits):
         assert settings.get('perturb_step_sizes', True) == mask
         assert settings.rho == full['chosen']['sam']['methods.sam.rho']
     for name in quantized.compare.methods:
-        methods.create(name, quantized.methods[name], quantized.optimizer, TASK)
+        registry.create(name, quantized.methods[name], quantized.optimizer, TASK)
 
 
 @pytest.mark.parametrize('name', ['sam', 'asam', 'looksam', 'vsam'])
 def test_every_method_can_leave_the_steps_unperturbed(config, name):
     settings = {**config.methods[name], 'perturb_step_sizes': False}
-    methods.create(name, settings, config.optimizer, TASK)
+    registry.create(name, settings, config.optimizer, TASK)
 
 
 def test_steps_are_perturbed_unless_the_method_says_otherwise():
@@ -672,7 +655,7 @@ def test_steps_are_perturbed_unless_the_method_says_otherwise():
     params = {'layer': jax.tree.map(np.float32, params)}
     optimizer = {'learning_rate': 1.0, 'momentum': 0.0}
     for settings, is_moved in (({}, True), ({'perturb_step_sizes': False}, False)):
-        tx = methods.create('sam', {'rho': 0.1, **settings}, optimizer, TASK).tx
+        tx = registry.create('sam', {'rho': 0.1, **settings}, optimizer, TASK).tx
         # The update is the point at which the second gradient was taken, but for its
         # sign.
         updates, _ = jax.jit(

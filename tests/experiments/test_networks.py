@@ -11,8 +11,9 @@ import optax
 import pytest
 
 import vsam_jax
-from experiments import configuration, models
-from experiments.networks import pyramidnet, vit
+from experiments.common import configuration
+from experiments.models import zoo
+from experiments.models.networks import pyramidnet, vit
 from tests.experiments.small import SMALL
 from vsam_jax._state import only_state
 
@@ -24,7 +25,7 @@ def abstract_variables(model: nn.Module, shape: tuple[int, ...] = (32, 32, 3)):
 
 
 def number_of_parameters(name: str, num_classes: int, **settings: int) -> int:
-    model = models.create(name, settings, num_classes)
+    model = zoo.create(name, settings, num_classes)
     params = abstract_variables(model)['params']
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -62,9 +63,9 @@ def test_a_vit_has_the_size_that_its_settings_say():
     assert number_of_parameters('vit', 10, **settings) == stem + depth * block + head
 
 
-@pytest.mark.parametrize('name', [name for name in models.MODELS if name != 'mlp'])
+@pytest.mark.parametrize('name', [name for name in zoo.MODELS if name != 'mlp'])
 def test_networks_take_images_of_any_size(name):
-    model = models.create(name, SMALL[name], num_classes=7)
+    model = zoo.create(name, SMALL[name], num_classes=7)
     for shape in [(2, 32, 32, 3), (2, 28, 28, 1), (2, 20, 36, 3)]:
         init = lambda key, x: model.init_with_output(key, x, train=True)
         images = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -83,15 +84,15 @@ def test_networks_take_images_of_any_size(name):
 )
 def test_settings_that_make_no_network_are_refused(name, settings, message):
     with pytest.raises(configuration.ConfigError, match=message):
-        models.create(name, settings, num_classes=10)
+        zoo.create(name, settings, num_classes=10)
 
 
 # --- What is computed ---------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', list(models.MODELS))
+@pytest.mark.parametrize('name', list(zoo.MODELS))
 def test_only_products_are_bfloat16_and_the_classifier_is_not(name):
-    model = models.create(name, {**SMALL[name], 'dtype': 'bfloat16'}, num_classes=7)
+    model = zoo.create(name, {**SMALL[name], 'dtype': 'bfloat16'}, num_classes=7)
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     variables = abstract_variables(model)
 
@@ -117,9 +118,9 @@ def test_only_products_are_bfloat16_and_the_classifier_is_not(name):
     assert not any('bf16' in line for line in sums)
 
 
-@pytest.mark.parametrize('name', list(models.MODELS))
+@pytest.mark.parametrize('name', list(zoo.MODELS))
 def test_every_variable_takes_part(name):
-    model = models.create(name, SMALL[name], num_classes=7)
+    model = zoo.create(name, SMALL[name], num_classes=7)
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     variables = abstract_variables(model)
     program = jax.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, x)
@@ -164,7 +165,7 @@ def test_a_vit_tells_patches_apart_by_their_positions_alone():
 
 def picked(model: nn.Module, n: int) -> set[str]:
     params = abstract_variables(model)['params']
-    mask = models.last_tensors(model, (32, 32, 3), n)(params)
+    mask = zoo.last_tensors(model, (32, 32, 3), n)(params)
     assert jax.tree.structure(mask) == jax.tree.structure(params)
     return {
         '/'.join(entry.key for entry in path)
@@ -174,7 +175,7 @@ def picked(model: nn.Module, n: int) -> set[str]:
 
 
 def test_the_last_ten_tensors_of_resnet18_end_at_a_shortcuts_batch_norm():
-    model = models.create('resnet18', {}, num_classes=10)
+    model = zoo.create('resnet18', {}, num_classes=10)
     params = abstract_variables(model)['params']
     classifier = {'Dense_0/kernel', 'Dense_0/bias'}
     last_block = {
@@ -190,21 +191,21 @@ def test_the_last_ten_tensors_of_resnet18_end_at_a_shortcuts_batch_norm():
 
 
 def test_the_order_is_that_of_the_layers_and_not_of_their_names():
-    model = models.MLP(num_classes=10, width=4, depth=11)
+    model = zoo.MLP(num_classes=10, width=4, depth=11)
     assert picked(model, 4) == {
         'Dense_11/kernel',
         'Dense_11/bias',
         'BatchNorm_10/scale',
         'BatchNorm_10/bias',
     }
-    paths = models.parameter_paths(model, (4, 4, 1))
+    paths = zoo.parameter_paths(model, (4, 4, 1))
     assert paths[0] == ('Dense_0', 'kernel')
     assert sorted(paths) != paths
 
 
 def test_statistics_are_taken_over_the_last_tensors_alone():
-    model = models.MLP(num_classes=3, width=4, depth=11)
-    mask = models.last_tensors(model, (2, 2, 1), 2)
+    model = zoo.MLP(num_classes=3, width=4, depth=11)
+    mask = zoo.last_tensors(model, (2, 2, 1), 2)
     tx = vsam_jax.vsam(rho=0.1, window=4, segments=2, stats_mask=mask)
     shapes = abstract_variables(model, (2, 2, 1))['params']
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
@@ -218,6 +219,6 @@ def test_statistics_are_taken_over_the_last_tensors_alone():
 
 @pytest.mark.parametrize('n', [0, -1, 5])
 def test_a_network_has_no_more_tensors_than_it_has(n):
-    model = models.MLP(num_classes=3, width=4, depth=0)
+    model = zoo.MLP(num_classes=3, width=4, depth=0)
     with pytest.raises(ValueError, match=rf'n must be .* \[1, 2\], .* got {n}'):
-        models.last_tensors(model, (2, 2, 1), n)
+        zoo.last_tensors(model, (2, 2, 1), n)

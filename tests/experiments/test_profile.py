@@ -4,8 +4,7 @@ import types
 
 import pytest
 
-from experiments import profile
-from experiments.benchmark import host, problems, programs
+from experiments.benchmark import host, problems, profile, programs
 
 PROBLEM = problems.mlp(64, 8, depth=2)
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import documents, scale
+from experiments import documents
+from experiments.studies.scale import __main__ as scale
 
 # Statistics, plan and counters, all of it replicated.
 SMALL = 2000

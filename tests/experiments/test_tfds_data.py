@@ -13,7 +13,8 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import configuration, data, files, tfds_data
+from experiments.common import configuration, files
+from experiments.data import examples, prepared, sources
 from tests import processes
 from tests.experiments.fixtures import make_tiny_images
 
@@ -37,18 +38,18 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The small data set decoded, to be read only."""
     path = tmp_path_factory.mktemp('decoded')
     for split in ('train', 'test'):
-        tfds_data.read('tiny_images', split, data_dir=FIXTURES / 'tfds', cache_dir=path)
+        prepared.read('tiny_images', split, data_dir=FIXTURES / 'tfds', cache_dir=path)
     return path
 
 
-def load(**settings) -> data.Dataset:
+def load(**settings) -> examples.Dataset:
     """The small data set, as a configuration names it."""
-    return data.load({'name': 'tfds', 'dataset': 'tiny_images', **settings})
+    return sources.load({'name': 'tfds', 'dataset': 'tiny_images', **settings})
 
 
 def refusal(*arguments, **keywords) -> str:
-    with pytest.raises(tfds_data.DataError) as caught:
-        tfds_data.read(*arguments, **keywords)
+    with pytest.raises(prepared.DataError) as caught:
+        prepared.read(*arguments, **keywords)
     return str(caught.value)
 
 
@@ -57,7 +58,7 @@ def refusal(*arguments, **keywords) -> str:
 
 @pytest.mark.parametrize('split', ['train', 'test'])
 def test_what_the_real_writer_wrote_is_read(split, cache_dir):
-    content = tfds_data.read('tiny_images', split, cache_dir=cache_dir)
+    content = prepared.read('tiny_images', split, cache_dir=cache_dir)
     images, labels = make_tiny_images.examples(split)
     # The writer shuffles.
     by_image = lambda images, labels: sorted(
@@ -74,11 +75,11 @@ def test_what_the_real_writer_wrote_is_read(split, cache_dir):
 def test_a_split_is_decoded_once_and_then_needs_no_data_set_and_no_packages(
     data_dir, monkeypatch
 ):
-    first = tfds_data.read('tiny_images', 'train', data_dir=data_dir)
+    first = prepared.read('tiny_images', 'train', data_dir=data_dir)
     shutil.rmtree(data_dir / 'tiny_images')
     monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
     monkeypatch.setenv('TFDS_DATA_DIR', str(data_dir))
-    second = tfds_data.read('tiny_images', 'train')
+    second = prepared.read('tiny_images', 'train')
     np.testing.assert_array_equal(first.images, second.images)
     np.testing.assert_array_equal(first.labels, second.labels)
     assert (first.num_classes, first.source) == (second.num_classes, second.source)
@@ -86,23 +87,21 @@ def test_a_split_is_decoded_once_and_then_needs_no_data_set_and_no_packages(
 
 def test_versions_have_caches_of_their_own(data_dir, tmp_path):
     for dataset in ('tiny_images', 'tiny_images:1.0.0'):
-        tfds_data.read(dataset, 'test', data_dir=data_dir, cache_dir=tmp_path / 'x')
+        prepared.read(dataset, 'test', data_dir=data_dir, cache_dir=tmp_path / 'x')
     assert len(list((tmp_path / 'x').iterdir())) == 2
 
 
 def test_the_feature_that_holds_the_classes_can_be_named(cache_dir, data_dir, tmp_path):
-    default = tfds_data.read('tiny_images', 'test', cache_dir=cache_dir)
+    default = prepared.read('tiny_images', 'test', cache_dir=cache_dir)
     keywords = {'data_dir': data_dir, 'cache_dir': tmp_path / 'x'}
-    named = tfds_data.read('tiny_images', 'test', label='label', **keywords)
+    named = prepared.read('tiny_images', 'test', label='label', **keywords)
     np.testing.assert_array_equal(default.labels, named.labels)
     # A cache file of its own: what another feature says is not mixed up with it.
     assert [path.name for path in (tmp_path / 'x').iterdir()] == [
         'tiny_images-test-label.npz'
     ]
-    with pytest.raises(
-        tfds_data.DataError, match="label must be one of label; got 'x'"
-    ):
-        tfds_data.read('tiny_images', 'test', label='x', **keywords)
+    with pytest.raises(prepared.DataError, match="label must be one of label; got 'x'"):
+        prepared.read('tiny_images', 'test', label='x', **keywords)
 
 
 def test_a_configuration_names_a_data_set_and_its_parts(cache_dir):
@@ -113,7 +112,7 @@ def test_a_configuration_names_a_data_set_and_its_parts(cache_dir):
     assert large.num_classes == 3
     assert large.train.images.dtype == np.uint8
     np.testing.assert_array_equal(small.validation.images, large.validation.images)
-    content = tfds_data.read('tiny_images', 'train', cache_dir=cache_dir)
+    content = prepared.read('tiny_images', 'train', cache_dir=cache_dir)
     parts = np.concatenate([large.train.images, large.validation.images])
     assert sorted(map(bytes, parts)) == sorted(map(bytes, content.images))
     other = load(cache_dir=str(cache_dir), validation=6, split_seed=1)
@@ -159,13 +158,13 @@ def test_cifar_must_have_its_classes(name, classes, cache_dir, tmp_path):
             cache_dir / f'tiny_images-{split}.npz', tmp_path / f'{name}-{split}.npz'
         )
     with pytest.raises(configuration.ConfigError, match=f'must have {classes} classes'):
-        data.load({'name': name, 'cache_dir': str(tmp_path)})
+        sources.load({'name': name, 'cache_dir': str(tmp_path)})
 
 
 def test_statistics_of_a_channel_are_numpys():
     images = np.random.default_rng(0).integers(0, 256, (2500, 2, 3, 2), dtype=np.uint8)
     images[..., 1] //= 3
-    mean, std = data.channel_statistics(images)
+    mean, std = sources.channel_statistics(images)
     np.testing.assert_allclose(mean, images.mean((0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, images.std((0, 1, 2)), rtol=1e-12)
 
@@ -213,8 +212,8 @@ def test_an_unknown_split_lists_those_there_are(data_dir):
 
 def test_preparing_without_tensorflow_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorflow', None)
-    with pytest.raises(tfds_data.DataError) as caught:
-        tfds_data.prepare('cifar10', tmp_path)
+    with pytest.raises(prepared.DataError) as caught:
+        prepared.prepare('cifar10', tmp_path)
     assert "pip install '.[prepare]'" in str(caught.value)
 
 
@@ -223,10 +222,10 @@ def test_preparing_without_a_network_says_so(tmp_path, monkeypatch):
         def download_and_prepare(self):
             raise ConnectionError('Name or service not known')
 
-    monkeypatch.setattr(tfds_data.importlib.util, 'find_spec', lambda name: name)
+    monkeypatch.setattr(prepared.importlib.util, 'find_spec', lambda name: name)
     monkeypatch.setattr(tfds, 'builder', lambda *_, **__: Unreachable())
-    with pytest.raises(tfds_data.DataError) as caught:
-        tfds_data.prepare('cifar10', tmp_path)
+    with pytest.raises(prepared.DataError) as caught:
+        prepared.prepare('cifar10', tmp_path)
     assert 'Name or service not known' in str(caught.value)
     assert 'needs a network' in str(caught.value)
 
@@ -315,15 +314,15 @@ def test_a_damaged_cache_is_named_and_not_used(harm, cache_dir, tmp_path):
 def test_no_wrong_byte_of_a_cache_changes_what_is_read(cache_dir, tmp_path):
     path = tmp_path / 'tiny_images-train.npz'
     whole = (cache_dir / path.name).read_bytes()
-    content = tfds_data.read('tiny_images', 'train', cache_dir=cache_dir)
+    content = prepared.read('tiny_images', 'train', cache_dir=cache_dir)
     refused = 0
     for position in range(0, len(whole), 23):
         damaged = bytearray(whole)
         damaged[position] ^= 0x10
         path.write_bytes(damaged)
         try:
-            read = tfds_data.read('tiny_images', 'train', cache_dir=tmp_path)
-        except tfds_data.DataError:
+            read = prepared.read('tiny_images', 'train', cache_dir=tmp_path)
+        except prepared.DataError:
             refused += 1
         else:  # A date, for instance.
             np.testing.assert_array_equal(read.images, content.images)
@@ -349,8 +348,8 @@ def test_a_cache_with_other_content_is_refused(
     path = tmp_path / 'tiny_images-train.npz'
     with np.load(cache_dir / path.name) as parts:
         np.savez(path, **{**parts, part: value})
-    with pytest.raises(tfds_data.DataError, match=message):
-        tfds_data.read('tiny_images', 'train', cache_dir=tmp_path)
+    with pytest.raises(prepared.DataError, match=message):
+        prepared.read('tiny_images', 'train', cache_dir=tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_the_argument(data_dir):
@@ -392,8 +391,8 @@ def test_the_fixture_can_be_made_anew(tmp_path, cache_dir):
         capture_output=True,
     )
     for split in ('train', 'test'):
-        new = tfds_data.read('tiny_images', split, data_dir=tmp_path / 'tfds')
-        old = tfds_data.read('tiny_images', split, cache_dir=cache_dir)
+        new = prepared.read('tiny_images', split, data_dir=tmp_path / 'tfds')
+        old = prepared.read('tiny_images', split, cache_dir=cache_dir)
         np.testing.assert_array_equal(new.images, old.images)
         np.testing.assert_array_equal(new.labels, old.labels)
         assert (new.source, new.num_classes) == (old.source, old.num_classes)

@@ -12,7 +12,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import progress, results
+from experiments.common import progress
+from experiments.report import provenance, statistics
 from experiments.studies.slices import methods, report, screen, tasks
 
 TUNING_SEEDS = tuple(range(300, 306))
@@ -111,20 +112,22 @@ def check(output: pathlib.Path) -> None:
         runs = [(seed, theirs['pair']) for seed in theirs['seeds']]
         values = [round(float(x), 4) for x in program(runs)[:, 1]]
         found[f'mlp_600 {name}'] = {
-            'here': results.summary(values),
-            'trainer': results.summary(theirs['values']),
-            'difference': results.paired(values, theirs['values']),
+            'here': statistics.summary(values),
+            'trainer': statistics.summary(theirs['values']),
+            'difference': statistics.paired(values, theirs['values']),
         }
     _write(output, content)
 
 
 def _write(output: pathlib.Path, content: dict[str, Any]) -> None:
     commands = content.setdefault('commands', [])
-    if (command := results.command()) not in commands:
+    if (command := provenance.command()) not in commands:
         commands.append(command)
     keys = ('commands', 'seeds', 'tuning_seeds', 'first_run', 'check')
     head = {key: content[key] for key in keys if key in content}
-    report.write(output, {**head, **results.environment(), 'units': content['units']})
+    report.write(
+        output, {**head, **provenance.environment(), 'units': content['units']}
+    )
 
 
 if __name__ == '__main__':

@@ -19,10 +19,10 @@ import jax
 import optax
 
 import vsam_jax
-from experiments import methods as trainer_methods
-from experiments.experiment import loss_of
+from experiments.methods import registry as trainer_methods
 from experiments.studies.slices import tasks
 from experiments.studies.slices.tasks import PyTree, Task
+from experiments.training.loss import loss_of
 
 # Makes what stands first in the chain, from ρ and the task.
 Direction = Callable[[Any, Task], optax.GradientTransformationExtraArgs]

@@ -5,10 +5,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import files, results, tables
+from experiments.common import files
+from experiments.report import tables
+from experiments.report.statistics import paired, summary
 from experiments.studies.slices import methods, screen, tasks
 
-TRAINER = pathlib.Path(__file__).parents[2] / 'results' / 'controllers'
+TRAINER = pathlib.Path(__file__).parents[1] / 'controllers' / 'results'
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
@@ -48,11 +50,11 @@ def _with_statistics(units: Mapping[str, Any]) -> dict[str, Any]:
         for place in ('own', 'sam_pair', 'scaled_pair'):
             if place not in unit:
                 continue
-            row = results.summary(unit[place])
+            row = summary(unit[place])
             row.pop('values')
             for other, theirs in (('sam', sam), ('sgd', sgd)):
                 if theirs is not None and other != name:
-                    row[f'minus_{other}'] = results.paired(unit[place], theirs['own'])
+                    row[f'minus_{other}'] = paired(unit[place], theirs['own'])
             statistics[place] = _rounded(row)
         edges = screen.at_edge(tasks.TASKS[task], name, unit['chosen'])
         unit = {k: v for k, v in unit.items() if k != 'radius_at_edge'}

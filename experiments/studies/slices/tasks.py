@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import data, models
-from experiments.augmentation import normalize
-from experiments.configs import controllers
-from experiments.networks import vit
-from experiments.networks.layers import logits
+from experiments.configs import digits_tasks
+from experiments.data import sources
+from experiments.data.augmentation import normalize
+from experiments.data.examples import Dataset, epoch_order, flip_labels
+from experiments.models import zoo
+from experiments.models.networks import vit
+from experiments.models.networks.layers import logits
 
 PyTree = Any
 
@@ -24,7 +26,7 @@ class Task:
 
     Attributes:
         title: how it is called in tables.
-        config: the task of ``experiments/configs/controllers.py`` that it comes from;
+        config: the task of ``experiments/configs/digits_tasks.py`` that it comes from;
             of that are data, share of wrong labels, network and base optimizer.
         radii: ρ of SAM; other methods have multiples of them (``Method.radii``).
         rates: learning rates of all methods but SGD.
@@ -112,7 +114,7 @@ def network(task: Task) -> nn.Module:
     """The network of a task."""
     if task.settings.model == 'vit':
         return Transformer(num_classes=10)
-    return models.create(task.settings.model, task.settings.models.mlp, num_classes=10)
+    return zoo.create(task.settings.model, task.settings.models.mlp, num_classes=10)
 
 
 class Examples(NamedTuple):
@@ -162,17 +164,17 @@ def starts(task: Task, seeds: tuple[int, ...]) -> Start:
 @functools.lru_cache(maxsize=128)
 def _start(task: Task, seed: int) -> Start:
     dataset = _dataset(task.config)
-    # The streams of `experiments.experiment`.
+    # The streams of `experiments.training.experiment`.
     init_key, order_key = (
         jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), number)
         for number in (0, 1)
     )
-    labels = data.flip_labels(
+    labels = flip_labels(
         np.asarray(dataset.train.labels), task.settings.label_noise, 10, seed
     )
     epochs = -(-task.steps * task.batch_size // dataset.train.size) + 1
     orders = [
-        data.epoch_order(
+        epoch_order(
             order_key,
             epoch,
             num_examples=dataset.train.size,
@@ -193,10 +195,10 @@ def _init(model: nn.Module, key: jax.Array, images: jax.Array) -> PyTree:
 
 @functools.cache
 def _settings(config: str) -> Any:
-    return controllers.get_config(config)
+    return digits_tasks.get_config(config)
 
 
 @functools.cache
-def _dataset(config: str) -> data.Dataset:
+def _dataset(config: str) -> Dataset:
     settings = dict(_settings(config).data)
-    return data.SOURCES[settings.pop('name')](**settings)
+    return sources.SOURCES[settings.pop('name')](**settings)

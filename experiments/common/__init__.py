@@ -1,0 +1,1 @@
+"""What all parts share: configurations, devices, files, progress."""

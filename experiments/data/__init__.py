@@ -1,0 +1,1 @@
+"""Data sets, from where they are to the batches of an epoch."""

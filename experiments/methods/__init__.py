@@ -1,0 +1,1 @@
+"""Methods: from a name and settings to an optimizer."""

@@ -1,0 +1,224 @@
+"""Methods: from a configuration to an optax chain and what a driver must know."""
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+import vsam_jax
+from experiments.common import configuration
+from experiments.methods.esam import ESAM
+from experiments.methods.saf import SAF
+from experiments.models import quantization
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What methods may need to know of the run that they are made for.
+
+    Attributes:
+        num_steps: the length of the run.
+        steps_per_epoch: full batches of an epoch.
+        num_examples: examples that are trained on.
+        num_classes: the number of logits.
+        last_tensors: ``last_tensors(n)`` is a mask of the network's last n tensors.
+    """
+
+    num_steps: int
+    steps_per_epoch: int
+    num_examples: int
+    num_classes: int
+    last_tensors: Callable[[int], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method, ready to be put into a train state.
+
+    Attributes:
+        tx: the whole optimizer.
+        programs: the decisions (sampled or not) that a planned run compiles programs
+            for; none where there is no plan (no VSAMState), as in SGD.
+        make_step: builds the training step from a loss, as
+            :func:`vsam_jax.linen.make_train_step` does; for methods that are more than
+            a transformation of gradients.
+        init_memory: makes what such a step keeps in ``state.memory``.
+        always_samples: whether every step takes a second gradient, where there is
+            no VSAMState that says so.
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    programs: tuple[bool, ...]
+    make_step: Callable[[Any], Callable[..., Any]] = vsam_jax.linen.make_train_step
+    init_memory: Callable[[], Any] = tuple
+    always_samples: bool = False
+
+
+def _sgd() -> optax.GradientTransformation:
+    return optax.identity()
+
+
+_BOTH = (True, False)
+# How the gradient is made, and the programs that its plan can name.
+_DIRECTIONS: dict[str, tuple[Callable[..., Any], tuple[bool, ...]]] = {
+    'sgd': (_sgd, ()),
+    'sam': (vsam_jax.sam, (True,)),
+    'asam': (vsam_jax.asam, (True,)),
+    'looksam': (vsam_jax.looksam, _BOTH),
+    'vsam': (vsam_jax.vsam, _BOTH),
+    'steady_vsam': (vsam_jax.steady_vsam, _BOTH),
+}
+
+
+def _sgd_with_momentum(
+    num_steps: int,
+    learning_rate: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with momentum, its learning rate decayed to 0 by a cosine.
+
+    Args:
+        num_steps: after how many steps the learning rate is 0.
+        learning_rate: the first learning rate.
+        momentum: the decay of the momentum.
+        nesterov: whether the momentum is Nesterov's.
+        weight_decay: added to the direction as weight_decay · w.
+
+    Returns:
+        An optax transformation.
+    """
+    schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay),
+        optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
+    )
+
+
+def _adamw(
+    num_steps: int,
+    learning_rate: float,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW, its learning rate decayed to 0 by a cosine.
+
+    Args:
+        num_steps: after how many steps the learning rate is 0.
+        learning_rate: the first learning rate.
+        b1: the decay of the mean of the directions.
+        b2: the decay of the mean of their squares.
+        weight_decay: added to what is multiplied by the learning rate, times w.
+
+    Returns:
+        An optax transformation.
+    """
+    schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
+    return optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+
+
+_BASES = {'sgd': _sgd_with_momentum, 'adamw': _adamw}
+
+
+def base_optimizer(num_steps: int, settings: Any) -> Any:
+    """What comes after the direction of a method.
+
+    Args:
+        num_steps: the length of the run.
+        settings: ``config.optimizer``: ``name`` is ``'sgd'``, also without it, or
+            ``'adamw'``; the others are the arguments of these functions.
+
+    Returns:
+        An optax transformation.
+
+    Raises:
+        ConfigError: for unknown names and settings.
+    """
+    settings = dict(settings)
+    base = configuration.pick(
+        'config.optimizer.name', _BASES, settings.pop('name', 'sgd')
+    )
+    return configuration.call(base, 'config.optimizer', settings, num_steps=num_steps)
+
+
+def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
+    """Makes a method.
+
+    Args:
+        name: ``config.method``.
+        settings: ``config.methods[name]``, the arguments of the method. ``direction``
+            says which method that is, where it is not the name itself: another name, or
+            the place of a function of your own, ``'package.module:function'``; and
+            ``title`` how it is called in tables, so that one method may stand there
+            with several settings. In ``optimizer`` it may have settings of the base
+            optimizer of its own. ``stats_tensors`` stands for a ``stats_mask`` of the
+            network's last so many tensors (0: of all), and ``perturb_step_sizes`` (True
+            without it) set to False for a ``perturb_mask`` that leaves the steps of a
+            quantized network where they are.
+        optimizer: ``config.optimizer``, those that all methods share.
+        task: what it is made for.
+
+    Returns:
+        The method.
+
+    Raises:
+        ConfigError: for unknown names and settings.
+    """
+    where = f'config.methods.{name}'
+    settings = dict(settings)
+    settings.pop('title', None)
+    field = f'{where}.direction' if 'direction' in settings else 'config.method'
+    name = settings.pop('direction', name)
+    own = dict(settings.pop('optimizer', {}))
+    base = base_optimizer(task.num_steps, {**optimizer, **own})
+    if name == 'esam':
+        esam = configuration.call(ESAM, where, settings)
+        return Method(base, (), make_step=esam.make_step, always_samples=True)
+    if name == 'saf':
+        saf = configuration.call(
+            SAF,
+            where,
+            settings,
+            num_examples=task.num_examples,
+            num_classes=task.num_classes,
+            steps_per_epoch=task.steps_per_epoch,
+        )
+        return Method(base, (), make_step=saf.make_step, init_memory=saf.init_memory)
+    direction, programs = _direction(field, name)
+    allowed = inspect.signature(direction).parameters
+    if 'perturb_mask' in allowed and not settings.pop('perturb_step_sizes', True):
+        settings['perturb_mask'] = quantization.all_but_step_sizes
+    if 'stats_mask' in allowed:
+        tensors = settings.pop('stats_tensors', 0)
+        if tensors:
+            settings['stats_mask'] = configuration.call(
+                task.last_tensors, f'{where}.stats_tensors', {}, n=tensors
+            )
+    first = configuration.call(direction, where, settings)
+    return Method(tx=optax.chain(first, base), programs=programs)
+
+
+def _direction(field: str, name: str) -> tuple[Callable[..., Any], tuple[bool, ...]]:
+    """How the gradient is made, and the programs that its plan can name.
+
+    Args:
+        field: where the name stands.
+        name: one of the methods here, or the place of a function elsewhere.
+    """
+    module, colon, function = name.partition(':')
+    if not colon:
+        names = dict.fromkeys((*_DIRECTIONS, 'esam', 'saf'))
+        configuration.pick(field, names, name)
+        return _DIRECTIONS[name]
+    try:
+        return getattr(importlib.import_module(module), function), _BOTH
+    except (ImportError, AttributeError) as error:
+        raise configuration.ConfigError(
+            f'{field} must be the place of a function, package.module:name, got'
+            f' {name!r}: {error}.'
+        ) from error

@@ -1,0 +1,1 @@
+"""Networks, in full precision and in few bits."""

@@ -1,0 +1,1 @@
+"""Networks of the comparisons, one family per file; :mod:`..zoo` has their names."""

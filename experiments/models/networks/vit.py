@@ -1,0 +1,71 @@
+"""A vision transformer (arXiv 2010.11929) for small images."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.models.networks.layers import logits
+
+
+def _norm() -> nn.LayerNorm:
+    return nn.LayerNorm(dtype=jnp.float32)
+
+
+def _attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, **_: Any
+) -> jax.Array:
+    # Unlike Flax's own it keeps the softmax, and nothing else, in float32.
+    return jax.nn.dot_product_attention(query, key, value)
+
+
+class _Block(nn.Module):
+    """Attention between the tokens, then dense layers on each of them."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        attend = nn.MultiHeadDotProductAttention(
+            self.heads, dtype=self.dtype, attention_fn=_attention
+        )
+        x += attend(_norm()(x))
+        y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype)(_norm()(x)))
+        return x + nn.Dense(width, dtype=self.dtype)(y)
+
+
+class ViT(nn.Module):
+    """A transformer on square patches; their mean is classified.
+
+    Attributes:
+        num_classes: the number of logits.
+        patch: height and width of a patch.
+        width: numbers per token.
+        depth: how many blocks there are.
+        heads: attention heads of a block; they share the width.
+        dtype: what attention and dense layers compute in.
+    """
+
+    num_classes: int
+    patch: int = 4
+    width: int = 192
+    depth: int = 6
+    heads: int = 3
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Logits [batch, classes] of images [batch, height, width, channels]."""
+        del train  # Nothing in it behaves differently.
+        size = (self.patch, self.patch)
+        x = nn.Conv(self.width, size, size, padding='VALID', dtype=self.dtype)(x)
+        x = x.reshape(x.shape[0], -1, self.width)
+        x += self.param(
+            'positions', nn.initializers.normal(0.02), (1, *x.shape[1:]), jnp.float32
+        )
+        for _ in range(self.depth):
+            x = _Block(self.heads, self.dtype)(x)
+        return logits(_norm()(x), self.num_classes)

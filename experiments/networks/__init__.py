@@ -1,1 +1,0 @@
-"""Networks of the comparisons, one family per file; see :mod:`experiments.models`."""

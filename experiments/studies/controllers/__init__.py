@@ -1,0 +1,1 @@
+"""When to sample and how to reuse: what was tried, and what it gave."""

@@ -1,0 +1,1 @@
+"""How flat the minima are that runs ended in."""

@@ -1,0 +1,1 @@
+"""What the published controller makes of norms that are nothing but noise."""

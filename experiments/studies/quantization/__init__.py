@@ -1,0 +1,1 @@
+"""Networks in few bits, and in whole numbers."""

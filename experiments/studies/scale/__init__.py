@@ -1,0 +1,1 @@
+"""Memory and traffic per device for 10⁹ parameters."""

@@ -26,7 +26,7 @@ from experiments.methods.titles import title
 from experiments.report import provenance, tables, tuning
 from experiments.report.comparison import SUMMARY, summary_of, write_report
 from experiments.training import run_files
-from experiments.training.experiment import Experiment
+from experiments.training.experiment import Experiment, build
 from experiments.training.loop import train
 
 TIMING = 'timing.json'
@@ -76,7 +76,7 @@ def compare(
     }
     titles = {method: title(method, config.methods[method]) for method in methods}
     experiments = {
-        method: Experiment(setting, dataset) for method, setting in settings.items()
+        method: build(setting, dataset) for method, setting in settings.items()
     }
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     steps = sum(each.num_steps for each in experiments.values()) * len(seeds)
@@ -196,14 +196,15 @@ def _chunk(
         A function that makes the steps and returns the state.
     """
     state = experiment.init(seed=0)
-    epoch = experiment.epoch(seed=0, epoch=0)
+    batches = experiment.batches
+    epoch = batches.epoch(seed=0, epoch=0)
     keywords = {} if sample is None else {'sample': sample}
 
     def chunk() -> Any:
         nonlocal state
         for index in range(steps):
-            batch = experiment.batch(experiment.dataset.train, epoch, index)
-            state, _ = experiment.step(state, batch, **keywords)
+            batch = batches.take(batches.dataset.train, epoch, index)
+            state = experiment.step(state, batch, **keywords)
         return state
 
     return chunk

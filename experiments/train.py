@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.common import configuration, devices
+from experiments.common import configuration, processes
 from experiments.training import run_files
 from experiments.training.loop import train
 
@@ -29,12 +29,12 @@ from experiments.training.loop import train
 def main(arguments: Sequence[str]) -> None:
     """Runs what the flags say."""
     options = flags.FLAGS
-    processes = (options.coordinator, options.num_processes, options.process_id)
+    cluster = (options.coordinator, options.num_processes, options.process_id)
     with configuration.usage(arguments):
-        if options.distributed or any(value is not None for value in processes):
-            devices.start(*processes)
+        if options.distributed or any(value is not None for value in cluster):
+            processes.start(*cluster)
         result = train(options.config, options.workdir, num_devices=options.num_devices)
-    if not devices.is_first():
+    if not processes.is_first():
         return
     print(
         f'{result["name"]} {result["method"]} seed {result["seed"]}:'

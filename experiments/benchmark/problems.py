@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.models import zoo
-from experiments.models.networks import vit
+from experiments.models.networks.resnet import ResNet
+from experiments.models.networks.vit import ViT
+from experiments.models.networks.wide_resnet import WideResNet
 
 
 class Problem(NamedTuple):
@@ -95,68 +96,57 @@ def mlp(width: int, batch_size: int, depth: int = 4) -> Problem:
     )
 
 
-def images(
-    title: str,
-    name: str,
-    batch_size: int,
-    settings: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> Problem:
-    """A network of :mod:`experiments.models.zoo` on 32×32 colour images.
+def images(title: str, model: nn.Module, batch_size: int, **kwargs: Any) -> Problem:
+    """A network on 32×32 colour images.
 
     Args:
         title: for tables.
-        name: which network.
+        model: the network, of ten classes.
         batch_size: images of a mini-batch.
-        settings: of the network.
         **kwargs: further fields of :class:`Problem`.
 
     Returns:
         The problem.
     """
-    model = zoo.create(name, settings or {}, num_classes=10)
     return Problem(title, model, (batch_size, 32, 32, 3), **kwargs)
 
 
-def _accelerated(title: str, name: str, batch_size: int) -> Problem:
-    return images(
-        f'{title}, bfloat16', name, batch_size, settings={'dtype': 'bfloat16'}
-    )
+def _resnet18(batch_size: int) -> Problem:
+    model = ResNet(10, (2, 2, 2, 2), dtype=jnp.bfloat16)
+    return images('ResNet-18, bfloat16', model, batch_size)
+
+
+def _wide_resnet(batch_size: int) -> Problem:
+    model = WideResNet(10, dtype=jnp.bfloat16)
+    return images('WideResNet-28-10, bfloat16', model, batch_size)
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     'convolutions': lambda: images(
-        'small ResNet, width 32, 32×32 images', 'small_resnet', 128, {'width': 32}
+        'small ResNet, width 32, 32×32 images', ResNet(10, (1, 1, 1), 32), 128
     ),
     'wide_resnet': lambda: images(
-        'WideResNet-16-2, 32×32 images', 'wide_resnet', 64, {'depth': 16, 'width': 2}
+        'WideResNet-16-2, 32×32 images', WideResNet(10, depth=16, width=2), 64
     ),
-    'transformer': lambda: Problem(
-        'ViT of 4 blocks, width 192, 64 tokens',
-        vit.ViT(num_classes=10, depth=4),
-        (64, 32, 32, 3),
-        base='AdamW',
+    'transformer': lambda: images(
+        'ViT of 4 blocks, width 192, 64 tokens', ViT(10, depth=4), 64, base='AdamW'
     ),
     # The worst case: little computation for many parameters.
     'mlp': lambda: mlp(1024, 256),
-    'resnet18_128': lambda: _accelerated('ResNet-18', 'resnet18', 128),
-    'resnet18_1024': lambda: _accelerated('ResNet-18', 'resnet18', 1024),
-    'wide_resnet_28_10_128': lambda: _accelerated(
-        'WideResNet-28-10', 'wide_resnet', 128
-    ),
-    'wide_resnet_28_10_1024': lambda: _accelerated(
-        'WideResNet-28-10', 'wide_resnet', 1024
-    ),
-    'vit_base': lambda: Problem(
+    'resnet18_128': lambda: _resnet18(128),
+    'resnet18_1024': lambda: _resnet18(1024),
+    'wide_resnet_28_10_128': lambda: _wide_resnet(128),
+    'wide_resnet_28_10_1024': lambda: _wide_resnet(1024),
+    'vit_base': lambda: images(
         'ViT of 12 blocks, width 768, 64 tokens, bfloat16',
-        vit.ViT(10, width=768, depth=12, heads=12, dtype=jnp.bfloat16),
-        (256, 32, 32, 3),
+        ViT(10, width=768, depth=12, heads=12, dtype=jnp.bfloat16),
+        256,
         base='AdamW',
     ),
     # For trying the command out.
     'tiny': lambda: mlp(16, 8, depth=1),
     'tiny_convolutions': lambda: images(
-        'small ResNet, width 4', 'small_resnet', 4, {'width': 4, 'stem_stride': 2}
+        'small ResNet, width 4', ResNet(10, (1, 1, 1), 4, stem_stride=2), 4
     ),
 }
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from experiments.benchmark import variants
+from experiments.benchmark.problems import Problem
 from experiments.common import timing
 from experiments.report import statistics
 
@@ -85,6 +87,45 @@ def ratios(
     return statistics.quartiles(a / b for a, b in pairs)
 
 
-def milliseconds(seconds: Sequence[float]) -> float:
+def milliseconds_of(seconds: Sequence[float]) -> float:
     """The median of the times of a step."""
     return 1e3 * float(np.median(seconds))
+
+
+def rows(
+    problem: Problem,
+    runners: Mapping[str, Any],
+    seconds: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """What was measured of each runner.
+
+    Args:
+        problem: the network.
+        runners: by title, those of a library after that of its base optimizer.
+        seconds: from :func:`interleaved`.
+
+    Returns:
+        For each title the cost as a multiple of the base optimizer of the same
+        library (median and quartiles) and of ``optax.contrib.sam`` (where it is
+        there), the number of rounds, milliseconds of a step, examples a second,
+        seconds of compilation, operations of a step and conditionals.
+    """
+    bases: dict[str, str] = {}
+    found = {}
+    for title, runner in runners.items():
+        base = bases.setdefault(runner.library, title)
+        milliseconds = milliseconds_of(seconds[title])
+        row = {
+            'library': runner.library,
+            'times_base': ratios(seconds, title, base),
+            'rounds': len(seconds[title]),
+            'step_milliseconds': milliseconds,
+            'examples_per_second': 1e3 * problem.batch_size / milliseconds,
+            'compile_seconds': runner.compile_seconds,
+            'flops': runner.flops,
+            'conditionals': runner.conditionals,
+        }
+        if variants.OPTAX_SAM in seconds:
+            row['times_optax_sam'] = ratios(seconds, title, variants.OPTAX_SAM)
+        found[title] = row
+    return found

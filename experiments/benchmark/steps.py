@@ -1,6 +1,6 @@
 """The rows of a table of steps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.benchmark import jax_steps, rounds, variants
@@ -38,44 +38,5 @@ def measure(
         'base': problem.base,
         'parameters': problem.num_parameters,
         'batch_size': problem.batch_size,
-        'steps': rows(problem, runners, seconds),
+        'steps': rounds.rows(problem, runners, seconds),
     }
-
-
-def rows(
-    problem: Problem,
-    runners: Mapping[str, Any],
-    seconds: Mapping[str, Sequence[float]],
-) -> dict[str, Any]:
-    """What was measured of each runner.
-
-    Args:
-        problem: the network.
-        runners: by title, those of a library after that of its base optimizer.
-        seconds: from :func:`rounds.interleaved`.
-
-    Returns:
-        For each title the cost as a multiple of the base optimizer of the same
-        library (median and quartiles) and of ``optax.contrib.sam`` (where it is
-        there), the number of rounds, milliseconds of a step, examples a second,
-        seconds of compilation, operations of a step and conditionals.
-    """
-    bases: dict[str, str] = {}
-    found = {}
-    for title, runner in runners.items():
-        base = bases.setdefault(runner.library, title)
-        milliseconds = rounds.milliseconds(seconds[title])
-        row = {
-            'library': runner.library,
-            'times_base': rounds.ratios(seconds, title, base),
-            'rounds': len(seconds[title]),
-            'step_milliseconds': milliseconds,
-            'examples_per_second': 1e3 * problem.batch_size / milliseconds,
-            'compile_seconds': runner.compile_seconds,
-            'flops': runner.flops,
-            'conditionals': runner.conditionals,
-        }
-        if variants.OPTAX_SAM in seconds:
-            row['times_optax_sam'] = rounds.ratios(seconds, title, variants.OPTAX_SAM)
-        found[title] = row
-    return found

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from experiments.benchmark import jax_steps, rounds, steps, variants
+from experiments.benchmark import jax_steps, rounds, variants
 from experiments.benchmark.problems import Problem, mlp
 
 PARAMETERS = (100_000, 1_000_000, 10_000_000)
@@ -83,5 +83,5 @@ def measure(point: Point, number: int, advance: Callable[[], None]) -> dict[str,
         'parameters': point.problem.num_parameters,
         'batch_size': point.problem.batch_size,
         'window': point.window,
-        'steps': steps.rows(point.problem, runners, seconds),
+        'steps': rounds.rows(point.problem, runners, seconds),
     }

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import configuration
 from experiments.common.devices import Devices
 from experiments.data import augmentation as augmentations
 from experiments.data.augmentation import Augmentation, normalize
@@ -145,8 +144,8 @@ def flip_labels(
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """How many full batches there are; what is left over waits for its epoch."""
     if batch_size > num_examples:
-        raise configuration.ConfigError(
-            f'config.batch_size must be at most {num_examples}, the number of'
+        raise ValueError(
+            f'batch_size must be at most {num_examples}, the number of'
             f' training examples, got {batch_size}.'
         )
     return num_examples // batch_size

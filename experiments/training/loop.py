@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-import vsam_jax
-from experiments.common import configuration, devices, files, progress
+from experiments.common import configuration, files, processes, progress
 from experiments.data import examples
 from experiments.report import provenance
-from experiments.training import run_files, run_log
-from experiments.training.experiment import Experiment
+from experiments.training import run_files
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.experiment import Experiment, build
+from experiments.training.run_log import RunLog
 from experiments.training.state import COLUMNS, RunState
 
 
@@ -53,18 +54,18 @@ def train(
     configuration.check(config)
     path = pathlib.Path(workdir)
     settings = configuration.of_run(config)
-    result = devices.on_first(
+    result = processes.on_first(
         lambda: run_files.finished(run_files.open_workdir(path), settings)
     )
     if result is not None:
         return result
     if experiment is None:
-        experiment = Experiment(config, num_devices=num_devices)
+        experiment = build(config, num_devices=num_devices)
     with contextlib.ExitStack() as stack:
         if bar is None:
             title = f'{config.name} {config.method} seed {config.seed}'
             bar = progress.Bar()
-            if devices.is_first():
+            if processes.is_first():
                 shown = progress.bar(experiment.num_steps, title)
                 bar = stack.enter_context(shown)
         measured = _run(experiment, config, path, bar)
@@ -76,7 +77,7 @@ def train(
             'model': config.model,
             'seed': config.seed,
             **measured,
-            'num_devices': experiment.devices.count,
+            'num_devices': experiment.batches.devices.count,
             'num_processes': jax.process_count(),
             'config': settings,
             'command': provenance.command(),
@@ -85,7 +86,7 @@ def train(
         files.write_json(path / run_files.RESULT, result)
         return files.jsonable(result)
 
-    return devices.on_first(write)
+    return processes.on_first(write)
 
 
 def train_seeds(
@@ -118,7 +119,7 @@ def train_seeds(
         path = workdir / f'seed{seed}'
         result = run_files.finished(path, configuration.of_run(run))
         if result is None and holds(place):
-            experiment = experiment or Experiment(config, dataset)
+            experiment = experiment or build(config, dataset)
             result = train(run, path, experiment=experiment, bar=progress.Bar())
         found.append(result)
         bar.advance()
@@ -128,26 +129,27 @@ def train_seeds(
 def _run(
     experiment: Experiment, config: Any, path: pathlib.Path, bar: progress.Bar
 ) -> dict[str, Any]:
-    dataset = experiment.dataset.with_label_noise(config.label_noise, config.seed)
-    batch_of = functools.partial(experiment.batch, dataset.train)
+    batches, step_of = experiment.batches, experiment.step
+    dataset = batches.dataset.with_label_noise(config.label_noise, config.seed)
+    batch_of = functools.partial(batches.take, dataset.train)
     state = experiment.init(config.seed)
-    experiment.compile(state, batch_of(experiment.epoch(config.seed, 0), 0))
+    step_of.compile(state, batch_of(batches.epoch(config.seed, 0), 0))
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(_Checkpoints(path, config))
+        checkpoints = stack.enter_context(Checkpoints(path, config))
         state = checkpoints.restore(state)
         step = interval_start = int(state.step)
         bar.advance(step)
-        records = _Records(path, step) if devices.is_first() else None
+        records = RunLog(path, step) if processes.is_first() else None
         if records is not None:
             stack.enter_context(records)
 
         start = time.perf_counter()
-        for epoch in range(step // experiment.steps_per_epoch, config.epochs):
-            batches = experiment.epoch(config.seed, epoch)
-            for index in range(experiment.steps_per_epoch):
-                state, _ = experiment.step(state, batch_of(batches, index))
+        for epoch in range(step // batches.steps_per_epoch, config.epochs):
+            order = batches.epoch(config.seed, epoch)
+            for index in range(batches.steps_per_epoch):
+                state = step_of(state, batch_of(order, index))
                 bar.advance()
-            step += experiment.steps_per_epoch
+            step += batches.steps_per_epoch
             evaluates = _is_due(config.eval_every, epoch, config.epochs)
             saves = _is_due(config.checkpoint_every, epoch, config.epochs)
             if not (evaluates or saves or _is_due(config.log_every, epoch)):
@@ -155,7 +157,7 @@ def _run(
             # The only place where the host waits for the device, but for plans.
             numbers = _read_record(state, interval_start, step)
             seconds = time.perf_counter() - start
-            images = (step - interval_start) * experiment.batch_size
+            images = (step - interval_start) * experiment.batches.batch_size
             entry = {
                 'step': step,
                 'epoch': epoch + 1,
@@ -181,77 +183,6 @@ def _run(
 def _is_due(every: int, epoch: int, epochs: int | None = None) -> bool:
     """Whether this epoch is one of ``every``, or the last one; 0 means never."""
     return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
-
-
-class _Records:
-    """The files that numbers of a run are written to while it goes on.
-
-    Args:
-        path: the workdir.
-        keep: how many steps of what an interrupted run wrote stay.
-    """
-
-    def __init__(self, path: pathlib.Path, keep: int):
-        self._log = run_log.Lines(path / run_log.LOG, keep=keep)
-        self._trace = run_log.Lines(path / run_log.TRACE, keep=keep)
-        self._events = run_log.Events(path / run_log.TENSORBOARD, self.entries)
-
-    @property
-    def entries(self) -> list[dict[str, Any]]:
-        """Those of the log."""
-        return self._log.entries
-
-    def __enter__(self) -> '_Records':
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._events.__exit__(*error)
-
-    def append(self, entry: dict[str, Any], numbers: dict[str, np.ndarray]) -> None:
-        """Writes the numbers of an interval and those of each of its steps."""
-        self._trace.append({'step': entry['step'], **numbers})
-        self._log.append(entry)
-        self._events.append(entry)
-
-
-class _Checkpoints:
-    """The checkpoints of a run; none if ``config.checkpoint_every`` is 0."""
-
-    def __init__(self, path: pathlib.Path, config: Any):
-        self._settings = configuration.of_run(config)
-        self._manager: Any = None
-        if config.checkpoint_every:
-            # Takes seconds to import.
-            import orbax.checkpoint as ocp
-
-            self._manager = ocp.CheckpointManager(
-                (path / run_files.CHECKPOINTS).absolute(),
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=config.checkpoint_keep
-                ),
-            )
-
-    def __enter__(self) -> '_Checkpoints':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._manager is not None:
-            self._manager.close()
-
-    def restore(self, state: RunState) -> RunState:
-        """The state of the last complete checkpoint, ``state`` if there is none."""
-        if self._manager is None or self._manager.latest_step() is None:
-            return state
-        try:
-            return vsam_jax.checkpoint.restore(
-                self._manager, state, config=self._settings
-            )
-        except ValueError as error:
-            raise configuration.ConfigError(str(error)) from error
-
-    def save(self, step: int, state: RunState) -> None:
-        """Saves in the background."""
-        vsam_jax.checkpoint.save(self._manager, step, state, config=self._settings)
 
 
 def _read_record(state: RunState, start: int, end: int) -> dict[str, np.ndarray]:
@@ -322,8 +253,8 @@ def _measured(
         **counts,
         'train_seconds': seconds,
         'step_seconds': seconds / steps,
-        'images_per_second': steps * experiment.batch_size / seconds,
-        'compile_seconds': experiment.compile_seconds,
+        'images_per_second': steps * experiment.batches.batch_size / seconds,
+        'compile_seconds': experiment.step.compile_seconds,
         'peak_memory_bytes': provenance.peak_memory(),
         'log': log,
     }

@@ -1,6 +1,5 @@
 """The files that numbers of a run are written to while it goes on."""
 
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -8,6 +7,8 @@ import pathlib
 import shutil
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from experiments.common import files
 
@@ -89,3 +90,34 @@ class Events:
             # Numbers that were not finite are null where the log was read.
             if name != 'step' and value is not None and math.isfinite(value):
                 self._writer.add_scalar(name, value, entry['step'])
+
+
+class RunLog:
+    """The files that numbers of a run are written to while it goes on.
+
+    Args:
+        path: the workdir.
+        keep: how many steps of what an interrupted run wrote stay.
+    """
+
+    def __init__(self, path: pathlib.Path, keep: int):
+        self._log = Lines(path / LOG, keep=keep)
+        self._trace = Lines(path / TRACE, keep=keep)
+        self._events = Events(path / TENSORBOARD, self.entries)
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """Those of the log."""
+        return self._log.entries
+
+    def __enter__(self) -> 'RunLog':
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._events.__exit__(*error)
+
+    def append(self, entry: dict[str, Any], numbers: dict[str, np.ndarray]) -> None:
+        """Writes the numbers of an interval and those of each of its steps."""
+        self._trace.append({'step': entry['step'], **numbers})
+        self._log.append(entry)
+        self._events.append(entry)

@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from experiments.common import configuration
 from experiments.models import quantization
-from experiments.training import run_files
+from experiments.training import checkpoints, run_files
 
 PyTree = Any
 T = TypeVar('T')
@@ -55,7 +55,7 @@ def variables(
     _check_network(path, {config.model: config.models[config.model]})
     fresh = jax.eval_shape(functools.partial(_at_random, model), key, images)
     wanted = _without_step_sizes(fresh)
-    found = _ours(run_files.variables, path, wanted)
+    found = _ours(checkpoints.variables, path, wanted)
     differs = jax.tree.leaves(
         jax.tree_util.tree_map_with_path(_difference, found, wanted)
     )

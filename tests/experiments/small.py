@@ -5,10 +5,10 @@ from typing import Any
 import ml_collections
 
 from experiments.common import configuration
-from experiments.methods import registry
+from experiments.methods import method
 
 # What methods are made for, where it does not matter.
-TASK = registry.Task(
+TASK = method.Task(
     num_steps=10,
     steps_per_epoch=5,
     num_examples=20,

@@ -25,6 +25,8 @@ from experiments.benchmark import (
 )
 from experiments.models import zoo
 from experiments.models.networks import vit
+from experiments.models.networks.resnet import ResNet
+from experiments.models.networks.wide_resnet import WideResNet
 from vsam_jax import convolutions
 from vsam_jax._state import only_state
 
@@ -247,8 +249,8 @@ def test_small_and_huge_pages_stand_side_by_side():
 
 def small_networks() -> dict[str, problems.Problem]:
     shape = (2, 16, 16, 3)
-    resnet = problems.images('', 'small_resnet', 2, {'width': 4, 'stem_stride': 2})
-    wide = problems.images('', 'wide_resnet', 2, {'depth': 10, 'width': 1})
+    resnet = problems.images('', ResNet(10, (1, 1, 1), 4, stem_stride=2), 2)
+    wide = problems.images('', WideResNet(10, depth=10, width=1), 2)
     transformer = vit.ViT(num_classes=10, depth=1, width=24)
     return {
         'mlp': TINY,

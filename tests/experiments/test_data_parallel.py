@@ -22,8 +22,8 @@ from experiments.common import configuration, progress
 from experiments.common.devices import Devices
 from experiments.configs import digits
 from experiments.data import sources
-from experiments.training import run_files, run_log
-from experiments.training.experiment import Experiment
+from experiments.training import checkpoints, run_files, run_log
+from experiments.training.experiment import Experiment, build
 from experiments.training.loop import train
 from tests.processes import ROOT, free_port
 
@@ -62,7 +62,7 @@ def config_of(method: str) -> ml_collections.ConfigDict:
 
 @functools.cache
 def programs(method: str, num_devices: int) -> Experiment:
-    return Experiment(config_of(method), num_devices=num_devices)
+    return build(config_of(method), num_devices=num_devices)
 
 
 def run(
@@ -182,8 +182,8 @@ def test_an_interrupted_run_goes_on_on_any_number_of_devices(tmp_path):
 def test_the_second_gradient_of_esam_is_computed_by_all_devices():
     runs = programs('esam', 4)
     state = runs.init(0)
-    batch = runs.batch(runs.dataset.train, runs.epoch(0, 0), 0)
-    text = runs.step.lower(state, batch).compile().as_text()
+    batch = runs.batches.take(runs.batches.dataset.train, runs.batches.epoch(0, 0), 0)
+    text = runs.step.function.lower(state, batch).compile().as_text()
     # ⌈18 / 4⌉ examples each, 8 units; as many as that go through a whole device
     # nowhere.
     assert re.search(r'f32\[5,8\]', text)
@@ -260,7 +260,7 @@ def test_two_processes_that_were_killed_end_as_one_with_as_many_devices(tmp_path
             assert all(process.poll() is None for process in started), outputs(path)
             time.sleep(0.01)
     assert not (path / run_files.RESULT).exists()
-    assert any((path / run_files.CHECKPOINTS).iterdir())
+    assert any((path / checkpoints.CHECKPOINTS).iterdir())
     with processes(path, count=2) as started:
         for process in started:
             assert process.wait(timeout=600) == 0, outputs(path)

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from experiments.common import configuration, files, progress
 from experiments.configs import digits
 from experiments.studies.flatness import curvature, measure, report
-from experiments.training import experiment, loss, run_files
+from experiments.training import checkpoints, experiment, loss, run_files
 from experiments.training.loop import train
 from tests import problems
 
@@ -214,7 +214,7 @@ def runs(config, tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp('runs')
     for method, seeds in (('sam', (0, 1)), ('sgd', (0,))):
         own = configuration.with_values(config, {'method': method})
-        programs = experiment.Experiment(own)
+        programs = experiment.build(own)
         for seed in seeds:
             train(
                 configuration.with_values(own, {'seed': seed}),
@@ -233,7 +233,7 @@ def measured(runs, tmp_path_factory) -> tuple[dict[str, Any], pathlib.Path]:
 
 
 def test_a_run_keeps_as_many_checkpoints_as_it_is_told_to(runs):
-    assert run_files.steps(runs / 'sam' / 'seed0') == [6, 9]
+    assert checkpoints.steps(runs / 'sam' / 'seed0') == [6, 9]
 
 
 def test_a_run_keeps_at_least_one_checkpoint(config):
@@ -244,10 +244,10 @@ def test_a_run_keeps_at_least_one_checkpoint(config):
 @pytest.fixture(scope='module')
 def ended(config, runs) -> tuple[experiment.Experiment, Any, Any]:
     """The second run with SAM: its programs, its examples, the weights at its end."""
-    own = experiment.Experiment(configuration.with_values(config, {'seed': 1}))
-    noisy = own.dataset.with_label_noise(config.label_noise, 1).train
+    own = experiment.build(configuration.with_values(config, {'seed': 1}))
+    noisy = own.batches.dataset.with_label_noise(config.label_noise, 1).train
     like = jax.eval_shape(lambda: own.init(1))
-    variables = run_files.variables(
+    variables = checkpoints.variables(
         runs / 'sam' / 'seed1', {'params': like.params, 'batch_stats': like.batch_stats}
     )
     return own, noisy, variables
@@ -258,7 +258,7 @@ def test_the_loss_is_that_of_the_first_examples_with_their_wrong_labels(
 ):
     own, noisy, variables = ended
     entry = measured[0]['runs'][1]
-    images = (noisy.images[:80] - own.dataset.mean) / own.dataset.std
+    images = (noisy.images[:80] - own.batches.dataset.mean) / own.batches.dataset.std
     logits = own.model.apply(variables, images, train=False)
     log_p = np.asarray(jax.nn.log_softmax(logits))
     loss = -np.mean(log_p[np.arange(80), noisy.labels[:80]])
@@ -273,7 +273,7 @@ def test_lemma_1_is_of_the_mini_batches_that_come_next_in_training_mode(
 ):
     own, noisy, variables = ended
     rho = digits.get_config().methods.sam.rho
-    batch = own.batch(noisy, own.epoch(seed=1, epoch=3), 1)
+    batch = own.batches.take(noisy, own.batches.epoch(seed=1, epoch=3), 1)
     loss_fn = loss.loss_of(own.model, 0.0)
     gradient = jax.jit(
         jax.grad(lambda p: loss_fn(p, variables['batch_stats'], batch, None)[0])
@@ -304,7 +304,7 @@ def test_a_measurement_holds_every_run_and_is_not_made_twice(
             assert len(run[name]) == 5
             np.testing.assert_allclose(run[name][2], run['loss'], rtol=1e-5)
         assert 0 < run['loss_rise'][0] < run['loss_rise'][1]
-    monkeypatch.setattr(measure, 'Experiment', None)
+    monkeypatch.setattr(measure, 'build', None)
     again = measure.measure([runs], path, SETTINGS)
     assert again['runs'] == summary['runs']
 
@@ -376,15 +376,15 @@ def test_what_cannot_be_measured_is_refused(config, runs, tmp_path):
         run / run_files.RESULT, {**result, **values}
     )
     write(config=None)
-    refused(f"workdir of a finished run, got '{run}'", run)
+    refused('result.json is no result of a run', run)
     write(config={**result['config'], 'label_noise': 0.1})
     refused('of one task.*\n.*label_noise is 0.4 there and 0.1 here', runs, run)
     write(steps=12)
     refused('ended at step 12, but its last checkpoint is of step 9', run)
     write()
-    shutil.rmtree(run / run_files.CHECKPOINTS)
+    shutil.rmtree(run / checkpoints.CHECKPOINTS)
     refused('holds no checkpoint; run it with config.checkpoint_every > 0', run)
-    assert not (run / run_files.CHECKPOINTS).exists()
+    assert not (run / checkpoints.CHECKPOINTS).exists()
 
 
 @pytest.mark.parametrize(
@@ -398,13 +398,3 @@ def test_what_cannot_be_measured_is_refused(config, runs, tmp_path):
 def test_settings_that_cannot_be_meant_are_refused(values, message):
     with pytest.raises(configuration.ConfigError, match=message):
         measure.Settings(**values)
-
-
-def test_what_is_read_of_a_run_names_no_directory_of_its_machine(tmp_path):
-    data = {'name': 'digits', 'cache_dir': 'there', 'data_dir': 'there'}
-    result = {'config': {'seed': 1, 'data': data}, 'test_accuracy': 0.5}
-    (tmp_path / 'result.json').write_text(json.dumps(result))
-    assert run_files.result_of(tmp_path) == {
-        'config': {'seed': 1, 'data': {'name': 'digits'}},
-        'test_accuracy': 0.5,
-    }

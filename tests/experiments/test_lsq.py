@@ -21,6 +21,7 @@ from experiments.methods import registry
 from experiments.models import layer_inputs, lsq, quantization, zoo
 from experiments.models.networks.layers import logits, norm
 from experiments.models.quantization import QuantizedOperands
+from experiments.studies.quantization import __main__ as export
 from experiments.studies.quantization import cifar100_small, integers
 from experiments.studies.quantization import digits as quantized_digits
 from experiments.training import experiment, run_files
@@ -476,16 +477,17 @@ def finished(config, tmp_path_factory) -> Any:
     """The workdir of a run in full precision, and the variables it ended with."""
     path = tmp_path_factory.mktemp('full')
     config = changed(config, checkpoint_every=2, seed=3)
-    runs = experiment.Experiment(config)
+    runs = experiment.build(config)
     last = []
-    step = runs.step
+    step = runs.step.function
 
     def noting_step(state: Any, batch: Any) -> Any:
-        state, aux = step(state, batch)
+        state = step(state, batch)
         last[:] = [jax.tree.map(np.array, (state.params, state.batch_stats))]
-        return state, aux
+        return state
 
-    runs.step = noting_step
+    runs.step.compile = lambda *_: None
+    runs.step.function = noting_step
     train(config, path / 'seed3', experiment=runs, bar=progress.Bar())
     return path, last[0]
 
@@ -498,7 +500,7 @@ def test_a_start_from_full_precision_copies_weights_and_makes_steps(config, fini
         init_from=f'{path}/seed{{seed}}',
         models__mlp__dtype='bfloat16',
     )
-    runs = experiment.Experiment(quantized)
+    runs = experiment.build(quantized)
     state = runs.init(3)
     kept = traverse_util.flatten_dict(state.params)
     for where, value in traverse_util.flatten_dict(params).items():
@@ -512,7 +514,9 @@ def test_a_start_from_full_precision_copies_weights_and_makes_steps(config, fini
             size = np.abs(params[where[0]]['kernel']).mean()
             np.testing.assert_allclose(step, 2 * size / np.sqrt(high), rtol=1e-5)
     # The first layer's input is the first mini-batch.
-    images = runs.batch(runs.dataset.train, runs.epoch(3, 0), 0)['image']
+    batches = runs.batches
+    batch = batches.take(batches.dataset.train, batches.epoch(3, 0), 0)
+    images = batch['image']
     np.testing.assert_allclose(
         kept['Dense_0', 'input_quantizer', 'step'],
         2 * np.abs(images).mean() / np.sqrt(127),
@@ -522,7 +526,7 @@ def test_a_start_from_full_precision_copies_weights_and_makes_steps(config, fini
 
 def test_a_start_in_full_precision_takes_over_everything(config, finished):
     path, variables = finished
-    state = experiment.Experiment(changed(config, init_from=f'{path}/seed3')).init(0)
+    state = experiment.build(changed(config, init_from=f'{path}/seed3')).init(0)
     jax.tree.map(
         np.testing.assert_array_equal, (state.params, state.batch_stats), variables
     )
@@ -542,7 +546,7 @@ def test_a_start_from_what_is_no_such_run_is_refused(config, finished, values, m
     path, _ = finished
     values = {'init_from': '{path}/seed3', **values}
     values['init_from'] = values['init_from'].format(path=path)
-    runs = experiment.Experiment(changed(config, **values))
+    runs = experiment.build(changed(config, **values))
     with pytest.raises(configuration.ConfigError, match=message):
         runs.init(0)
 
@@ -557,13 +561,13 @@ def test_a_start_from_another_task_is_refused(config, finished):
     with pytest.raises(
         configuration.ConfigError, match=r'params/Dense_2/kernel is \(8, 10\) there'
     ):
-        experiment.Experiment(config).init(0)
+        experiment.build(config).init(0)
 
 
 def test_a_start_from_a_run_without_checkpoints_is_refused(config, finished, tmp_path):
     path, _ = finished
     shutil.copy(path / 'seed3' / run_files.RESULT, tmp_path)
-    runs = experiment.Experiment(changed(config, init_from=str(tmp_path)))
+    runs = experiment.build(changed(config, init_from=str(tmp_path)))
     with pytest.raises(configuration.ConfigError, match='holds no checkpoint; run it'):
         runs.init(0)
 
@@ -579,6 +583,20 @@ def test_a_quantized_network_trains_with_vsam(config, tmp_path):
     assert 0 < result['sampling_rate'] < 1
     losses = [entry['loss'] for entry in result['log']]
     assert losses[-1] < losses[0]
+
+
+def test_a_finished_run_is_exported_to_whole_numbers(config, finished, tmp_path):
+    quantized = changed(config, quantization__bits=4, checkpoint_every=4)
+    result = train(quantized, tmp_path, bar=progress.Bar())
+    found = export.export(tmp_path)
+    assert found['accuracy'] == pytest.approx(result['test_accuracy'], abs=1e-6)
+    assert found['alike'] > 0.95
+    with np.load(tmp_path / export.EXPORTED) as arrays:
+        kernels = [x for x in arrays.values() if x.dtype == np.int8]
+    assert sum(x.nbytes for x in kernels) == found['bytes'] > 0
+    path, _ = finished
+    with pytest.raises(configuration.ConfigError, match='ran in full precision'):
+        export.export(path / 'seed3')
 
 
 @pytest.mark.parametrize(
@@ -599,7 +617,7 @@ def test_settings_that_cannot_be_meant_are_refused(config, values, message):
         for name, value in values.items():
             config[name] = value
     with pytest.raises(configuration.ConfigError, match=message):
-        experiment.Experiment(config)
+        experiment.build(config)
 
 
 @pytest.mark.parametrize('bits', [2, 4])

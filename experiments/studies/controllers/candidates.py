@@ -39,30 +39,30 @@ class FromRate(sampling.ByVariation):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scheduled(sampling.Periodic):
+class Scheduled(sampling.SamplingRule):
     """Evenly spaced samples at a rate that follows a schedule.
 
     Attributes:
+        window: K, for how many steps the rate is fixed.
         rate: a function of the step, the share of steps that are sampled.
     """
 
+    window: int
     rate: Callable[[jax.Array], Any]
-
-    @property
-    def window(self) -> int:
-        return self.every
 
     def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
         return _evenly(self.rate(window_index * self.window), self.window)
 
 
 @dataclasses.dataclass(frozen=True)
-class ByBudget(sampling.Periodic):
-    """Evenly spaced samples, as many as the budget says; others set the budget."""
+class ByBudget(sampling.SamplingRule):
+    """Evenly spaced samples, as many as the budget says; others set the budget.
 
-    @property
-    def window(self) -> int:
-        return self.every
+    Attributes:
+        window: K, for how many steps the rate is fixed.
+    """
+
+    window: int
 
     def init_budget(self, dtype: Any) -> jax.Array:
         return jnp.array(self.window / 3, dtype)

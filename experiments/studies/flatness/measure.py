@@ -22,8 +22,8 @@ from experiments.data.examples import Dataset, Split, take_batch
 from experiments.report import provenance
 from experiments.studies.flatness import curvature
 from experiments.studies.flatness.curvature import Landscape
-from experiments.training import run_files
-from experiments.training.experiment import Experiment
+from experiments.training import checkpoints, run_files
+from experiments.training.experiment import Experiment, build
 from experiments.training.loss import loss_of
 
 PyTree = Any
@@ -126,7 +126,7 @@ def measure(
     _check_task(paths, runs)
     for path in paths:
         # Before anything is measured.
-        run_files.steps(path)
+        checkpoints.steps(path)
     file = run_files.open_workdir(output) / SUMMARY
     known = _known(file, settings)
     summary: dict[str, Any] = {}
@@ -200,7 +200,7 @@ class _Run(NamedTuple):
 
     def at(self, step: int) -> tuple[PyTree, PyTree]:
         """``params`` and ``batch_stats`` of a checkpoint."""
-        variables = run_files.variables(self.path, self.like, step)
+        variables = checkpoints.variables(self.path, self.like, step)
         variables = jax.tree.map(jnp.asarray, variables)
         return variables['params'], variables.get('batch_stats', {})
 
@@ -240,15 +240,15 @@ class _Meter:
                 **{f'data.{name}': place for name, place in self._places.items()},
             },
         )
-        experiment = Experiment(config, self._dataset)
-        self._dataset = experiment.dataset
+        experiment = build(config, self._dataset)
+        self._dataset = experiment.batches.dataset
         noisy = self._dataset.with_label_noise(config.label_noise, config.seed)
         like = jax.eval_shape(
             functools.partial(experiment.model.init, train=True),
             jax.random.key(0),
             jnp.zeros((1, *self._dataset.image_shape), jnp.float32),
         )
-        steps = run_files.steps(path)
+        steps = checkpoints.steps(path)
         if steps[-1] != result['steps']:
             raise ConfigError(
                 f'{path} ended at step {result["steps"]}, but its last checkpoint is of'
@@ -326,15 +326,18 @@ class _Meter:
         if rho is None or run.config.method in _OTHER_PERTURBATIONS:
             return []
         landscape = self._landscape(run, 'train')
-        steps_per_epoch = run.experiment.steps_per_epoch
+        batches = run.experiment.batches
+        steps_per_epoch = batches.steps_per_epoch
         rows = []
         for step in run.steps:
             params, batch_stats = run.at(step)
             w, _ = ravel_pytree(params)
-            epoch = run.experiment.epoch(run.config.seed, step // steps_per_epoch)
+            epoch = run.experiment.batches.epoch(
+                run.config.seed, step // steps_per_epoch
+            )
             row: dict[str, Any] = {'step': step}
             for index in range(min(self._settings.lemma_batches, steps_per_epoch)):
-                batch = _unbound(run.experiment.batch(run.train, epoch, index))
+                batch = _unbound(batches.take(run.train, epoch, index))
                 sides = lemma(landscape, w, (batch_stats, batch), rho)
                 for name, value in sides.items():
                     row[name] = [*row.get(name, ()), value]
@@ -379,7 +382,8 @@ def distances(reach: float, points: int) -> np.ndarray:
 
 def _fixed_batches(run: _Run, examples: int) -> list[PyTree]:
     """The first training examples, the same for all runs, in whole mini-batches."""
-    size, dataset = run.experiment.batch_size, run.experiment.dataset
+    batches = run.experiment.batches
+    size, dataset = batches.batch_size, batches.dataset
     number = max(min(examples, run.train.size) // size, 1)
     order = jnp.arange(number * size, dtype=jnp.int32).reshape(number, size)
     take = functools.partial(take_batch, run.train, dataset.mean, dataset.std)

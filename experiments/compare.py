@@ -23,7 +23,7 @@ from experiments.common import configuration, files, progress, shards, timing
 from experiments.common.shards import Shard
 from experiments.data import sources
 from experiments.methods.titles import title
-from experiments.report import provenance, tables, tuning
+from experiments.report import provenance, statistics, tables, tuning
 from experiments.report.comparison import SUMMARY, summary_of, write_report
 from experiments.training import run_files
 from experiments.training.experiment import Experiment, build
@@ -111,7 +111,15 @@ def compare(
         'methods': {
             method: summary_of(method, runs, times, baseline) for method in methods
         },
-        'timing': times,
+        'timing': {
+            'rounds': timing_rounds,
+            'steps': timing_steps,
+            'variables': times['variables'],
+            'seconds_per_step': {
+                name: statistics.quartiles(values)
+                for name, values in times['seconds_per_step'].items()
+            },
+        },
         'chosen': {method: dict(values) for method, values in chosen.items()},
         'config': configuration.plain(config),
         'command': provenance.command(),

@@ -30,13 +30,10 @@ def _comparison(folder: str) -> str:
         'variables': summary['timing']['variables'],
     }
     seeds = len(summary['methods'][summary['baseline']]['seeds'])
-    # Results from before there were differences have none.
-    paired = all('differences' in row for row in summary['methods'].values())
-    differences = tables.markdown(*tables.of_differences(summary)) if paired else ''
     return (
-        tables.markdown(*tables.of_comparison(summary))
-        + (f'\n{differences}' if paired else '')
-        + f'\n{tables.FOOTNOTE}{tables.DIFFERENCES if paired else ""} Mean ± sd of'
+        f'{tables.markdown(*tables.of_comparison(summary))}\n'
+        f'{tables.markdown(*tables.of_differences(summary))}\n'
+        f'{tables.FOOTNOTE}{tables.DIFFERENCES} Mean ± sd of'
         f' {seeds} seeds; {device_of(summary)}, jax {summary["versions"]["jax"]}.'
         f' Command: {_commands(timed)}.\n'
     )

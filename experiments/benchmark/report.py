@@ -295,7 +295,7 @@ def figure(content: Content, path: pathlib.Path) -> None:
         first.set_ylabel('time per step, as a multiple of SGD')
         drawn.suptitle('MLP: cost of a step (median, quartiles)', x=0.01, ha='left')
         first.legend(fontsize=8)
-        drawn.savefig(path)
+        plots.save(drawn, path)
 
 
 def write(content: Content, path: pathlib.Path) -> list[pathlib.Path]:

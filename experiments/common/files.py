@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 import jax
 import numpy as np
 
+# Longer lines of JSON are broken where they hold more than numbers.
+_LINE = 120
+
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
@@ -40,9 +43,31 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes a JSON file that is either the old one or complete."""
-    text = json.dumps(jsonable(content), indent=1, allow_nan=False)
+    text = _written(jsonable(content))
     with replacing(path) as file:
         file.write(f'{text}\n'.encode())
+
+
+def _written(value: Any, margin: str = '') -> str:
+    """JSON with lists of numbers, and whatever else is short, on one line."""
+    line = json.dumps(value, allow_nan=False, ensure_ascii=False)
+    nested = isinstance(value, dict) or (
+        isinstance(value, list) and any(isinstance(x, dict | list) for x in value)
+    )
+    if not value or not nested or len(margin) + len(line) <= _LINE:
+        return line
+    inner = margin + ' '
+    if isinstance(value, dict):
+        parts = [
+            f'{json.dumps(key, ensure_ascii=False)}: {_written(item, inner)}'
+            for key, item in value.items()
+        ]
+        start, end = '{', '}'
+    else:
+        parts = [_written(item, inner) for item in value]
+        start, end = '[', ']'
+    lines = f',\n{inner}'.join(parts)
+    return f'{start}\n{inner}{lines}\n{margin}{end}'
 
 
 def jsonable(value: Any) -> Any:

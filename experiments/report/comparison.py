@@ -13,18 +13,29 @@ from experiments.report import comparison_plots, statistics, tables
 
 SUMMARY = 'compare.json'
 
-# What the summary repeats of the logs of the runs.
-_CURVES = (
-    'epoch',
-    'loss',
-    'sampled',
-    'budget',
-    'grad_norm',
-    'psf_norm',
-    'psf_norm_change',
-    'validation_accuracy',
-    'test_accuracy',
-)
+# What figures show of the logs of the runs.
+CURVES = ('test_accuracy', 'sampled', 'grad_norm', 'psf_norm', 'psf_norm_change')
+
+
+def curves(logs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Mean and range over seeds of each of :data:`CURVES`, epoch by epoch.
+
+    Args:
+        logs: those of the runs, which were written at the same epochs.
+
+    Returns:
+        By quantity ``epoch``, ``mean``, ``low`` and ``high``, each [epochs].
+    """
+    found = {}
+    for quantity in CURVES:
+        kept = [[entry for entry in log if quantity in entry] for log in logs]
+        # null, where it was not finite, becomes NaN.
+        values = [[entry[quantity] for entry in log] for log in kept]
+        found[quantity] = {
+            'epoch': [entry['epoch'] for entry in kept[0]],
+            **statistics.band(np.asarray(values, float)),
+        }
+    return found
 
 
 def relative_cost(
@@ -79,7 +90,7 @@ def summary_of(
         'title': title(method, runs[0]['config']['methods'][method]),
         'settings': runs[0]['config']['methods'][method],
         'test_accuracy': statistics.summary(run['test_accuracy'] for run in runs),
-        'best_on': runs[0]['best'].get('on', 'validation'),
+        'best_on': runs[0]['best']['on'],
         'best_test_accuracy': statistics.summary(
             run['best']['test_accuracy'] for run in runs
         ),
@@ -101,13 +112,7 @@ def summary_of(
         'train_seconds': statistics.summary(run['train_seconds'] for run in runs),
         'compile_seconds': runs[0]['compile_seconds'],
         'seeds': [run['seed'] for run in runs],
-        'logs': [
-            [
-                {key: entry[key] for key in _CURVES if key in entry}
-                for entry in run['log']
-            ]
-            for run in runs
-        ],
+        'curves': curves([run['log'] for run in runs]),
     }
 
 
@@ -143,16 +148,12 @@ def load(workdirs: Sequence[str]) -> list[dict[str, Any]]:
         path = path / SUMMARY if path.is_dir() else path
         try:
             summary = json.loads(path.read_text())
-            complete = all('differences' in row for row in summary['methods'].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            if any('curves' not in row for row in summary['methods'].values()):
+                raise KeyError('curves')
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise configuration.ConfigError(
                 f'comparison must be a workdir of experiments.compare, got {workdir!r}:'
                 f' {error!r}.'
             ) from error
-        if not complete:
-            raise configuration.ConfigError(
-                f'{path} is of an older version. Run the comparison again, which finds'
-                ' its runs finished.'
-            )
         summaries.append(summary)
     return summaries

@@ -63,7 +63,7 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
             loc='left',
         )
         _label_beside(figure, axes, labels)
-        figure.savefig(path)
+        plots.save(figure, path)
 
 
 def _label_beside(figure: matplotlib.figure.Figure, axes: Any, labels: Any) -> None:
@@ -143,10 +143,10 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
     with matplotlib.rc_context(plots.SETTINGS):
         figure, panels = plots.new_figure(8.4, 6.0, 2, 2)
         for axes, (quantity, title) in zip(panels.flat, titles.items(), strict=True):
-            for label, color, line, x, y in _curves(summary, quantity):
+            for style, x, spread in _curves(summary, quantity):
                 if quantity in ('test_accuracy', 'sampled'):
-                    y = 100 * y
-                plots.band(axes, x, y, color, label, linestyle=line)
+                    spread = {key: 100 * y for key, y in spread.items()}
+                plots.band(axes, x, spread, **style)
             axes.set_title(title, loc='left')
             axes.set_xlabel('epoch')
             axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -165,7 +165,7 @@ def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:
             ha='left',
             fontsize=11,
         )
-        figure.savefig(path)
+        plots.save(figure, path)
 
 
 def accuracy_against_speed(
@@ -219,7 +219,7 @@ def accuracy_against_speed(
             f'(mean ± sd of {_seeds(summaries)}; speed: median and quartiles)',
             loc='left',
         )
-        figure.savefig(path)
+        plots.save(figure, path)
 
 
 def accuracy_against_bits(
@@ -268,12 +268,12 @@ def accuracy_against_bits(
             f'(mean ± sd of {_seeds(ordered)})',
             loc='left',
         )
-        figure.savefig(path)
+        plots.save(figure, path)
 
 
 def bits_of(summary: dict[str, Any]) -> int:
     """The bits of the networks of a comparison; 0 in full precision."""
-    return summary['config'].get('quantization', {'bits': 0})['bits']
+    return summary['config']['quantization']['bits']
 
 
 def norms(summaries: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
@@ -299,9 +299,10 @@ def norms(summaries: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         panels = np.reshape(panels, (len(titles), columns))
         for summary, column in zip(summaries, panels.T, strict=True):
             for (quantity, title), axes in zip(titles.items(), column, strict=True):
-                for label, color, line, x, y in _curves(summary, quantity):
-                    y = 100 * y if quantity == 'psf_norm_change' else y
-                    plots.band(axes, x, y, color, label, linestyle=line)
+                for style, x, spread in _curves(summary, quantity):
+                    if quantity == 'psf_norm_change':
+                        spread = {key: 100 * y for key, y in spread.items()}
+                    plots.band(axes, x, spread, **style)
                 axes.set_ylim(bottom=0)
                 axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
                 if axes in panels[:, 0]:
@@ -317,7 +318,7 @@ def norms(summaries: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
             ha='left',
             fontsize=11,
         )
-        figure.savefig(path)
+        plots.save(figure, path)
 
 
 # How networks are written in figures.
@@ -353,7 +354,7 @@ def _spread(summaries: Sequence[dict[str, Any]]) -> str:
     seeds = _seeds(summaries)
     if seeds == '1 seed':
         return seeds
-    return f'mean over {seeds}, plots.band from lowest to highest'
+    return f'mean over {seeds}, band from lowest to highest'
 
 
 def _plain_numbers(axis: Any) -> None:
@@ -365,15 +366,19 @@ def _plain_numbers(axis: Any) -> None:
 
 def _curves(
     summary: dict[str, Any], quantity: str
-) -> Iterator[tuple[str, str, str, np.ndarray, np.ndarray]]:
-    """Title, colour, line, epochs and [seeds, epochs] values, for each method."""
+) -> Iterator[tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]]:
+    """Label, colour and line, epochs, and mean and range, for each method."""
     for name, method in summary['methods'].items():
-        logs = [[entry for entry in log if quantity in entry] for log in method['logs']]
-        x = np.asarray([entry['epoch'] for entry in logs[0]])
+        curve = method['curves'][quantity]
         # null, where it was not finite, becomes NaN.
-        y = np.asarray([[entry[quantity] for entry in log] for log in logs], float)
+        spread = {key: np.asarray(curve[key], float) for key in ('mean', 'low', 'high')}
         if quantity == 'sampled':
             # Without a plan: SGD and SAF take no second gradient, ESAM always one.
-            y = np.where(np.isfinite(y), y, method['sampling_rate']['mean'])
+            rate = method['sampling_rate']['mean']
+            spread = {
+                key: np.where(np.isfinite(values), values, rate)
+                for key, values in spread.items()
+            }
         color, _, line = plots.style_of(name)
-        yield method['title'], color, line, x, y
+        style = {'label': method['title'], 'color': color, 'linestyle': line}
+        yield style, np.asarray(curve['epoch']), spread

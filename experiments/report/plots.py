@@ -1,11 +1,15 @@
-"""Figures of comparisons, drawn from their JSON alone."""
+"""How figures look, and how they are written."""
 
+import io
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import matplotlib.figure
-import matplotlib.text
 import numpy as np
+from PIL import Image
+
+from experiments.common import files
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito), and markers
 # that stay apart without any.
@@ -41,7 +45,7 @@ SETTINGS: Any = {
     'ytick.major.size': 0,
     'legend.frameon': False,
     'lines.linewidth': 1.8,
-    'savefig.dpi': 160,
+    'savefig.dpi': 110,
 }
 
 
@@ -69,25 +73,39 @@ def title_of(name: str) -> str:
 def band(
     axes: Any,
     x: np.ndarray,
-    y: np.ndarray,
+    spread: Mapping[str, Any],
     color: str,
     label: str | None = None,
     **style: Any,
 ) -> None:
-    """Mean and range over seeds, where all of them have a value.
+    """A line for a mean and a band for a range, where there are numbers.
 
     Args:
         axes: what is drawn on.
         x: [points].
-        y: [seeds, points].
+        spread: ``mean``, ``low`` and ``high``, each [points], as
+            :func:`.statistics.band` makes them; null counts as NaN.
         color: of line and band.
         label: for a legend.
         **style: of the line, as matplotlib takes it.
     """
-    known = np.isfinite(y).all(axis=0)
+    mean, low, high = (
+        np.asarray(spread[name], float) for name in ('mean', 'low', 'high')
+    )
+    known = np.isfinite(mean)
     if known.any():
-        x, y = x[known], y[:, known]
-        axes.plot(x, y.mean(axis=0), color=color, label=label, **style)
+        axes.plot(x[known], mean[known], color=color, label=label, **style)
         axes.fill_between(
-            x, y.min(axis=0), y.max(axis=0), color=color, alpha=0.15, lw=0
+            x[known], low[known], high[known], color=color, alpha=0.15, lw=0
         )
+
+
+def save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> None:
+    """Writes a PNG of few bytes, of the size at which documents show it."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format='png')
+    # 256 colours are all that lines, marks and their edges have.
+    with Image.open(picture) as image:
+        few = image.convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    with files.replacing(path) as file:
+        few.save(file, format='png', optimize=True)

@@ -41,3 +41,21 @@ def quartiles(values: Iterable[float]) -> dict[str, Any]:
     """Median and quartiles."""
     low, median, high = np.quantile(list(values), (0.25, 0.5, 0.75))
     return {'median': float(median), 'low': float(low), 'high': float(high)}
+
+
+def band(values: Any) -> dict[str, list[float]]:
+    """Mean and range over seeds, point by point; NaN where a seed has no value.
+
+    Args:
+        values: [seeds, points].
+
+    Returns:
+        ``mean``, ``low`` and ``high``, each [points].
+    """
+    values = np.asarray(values, float)
+    values = np.where(np.isfinite(values).all(axis=0), values, np.nan)
+    return {
+        'mean': values.mean(axis=0).tolist(),
+        'low': values.min(axis=0).tolist(),
+        'high': values.max(axis=0).tolist(),
+    }

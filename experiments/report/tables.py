@@ -29,7 +29,7 @@ def of_comparison(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of a comparison."""
     baseline = summary['methods'][summary['baseline']]['title']
     # Narrow enough for a terminal of 80 columns.
-    on_test = any(row.get('best_on') == 'test' for row in summary['methods'].values())
+    on_test = any(row['best_on'] == 'test' for row in summary['methods'].values())
     header = [
         'Method',
         'ρ',

@@ -492,6 +492,32 @@ def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ['x.json']
 
 
+def test_json_is_read_by_people_and_holds_lists_of_numbers_on_a_line(tmp_path):
+    path = tmp_path / 'x.json'
+    content = {'ε': list(range(99)), 'rows': [{'a': 'b' * 99}, {'a': [[]]}], 'n': {}}
+    files.write_json(path, content)
+    assert json.loads(path.read_text()) == content
+    first, numbers, *rest = path.read_text().splitlines()
+    assert (first, numbers) == ('{', f' "ε": {content["ε"]},')
+    assert len(rest) == 6
+
+
+def test_curves_are_means_and_ranges_where_every_seed_has_a_number():
+    log = lambda *accuracies: [
+        {'epoch': 2 * i, 'test_accuracy': x, **dict.fromkeys(comparison.CURVES[1:])}
+        for i, x in enumerate(accuracies)
+    ]
+    curve = comparison.curves([log(1.0, 2.0, None), log(3.0, 4.0, 5.0)])
+    found = files.jsonable(curve['test_accuracy'])
+    assert found == {
+        'epoch': [0, 2, 4],
+        'mean': [2.0, 3.0, None],
+        'low': [1.0, 2.0, None],
+        'high': [3.0, 4.0, None],
+    }
+    assert files.jsonable(curve['sampled'])['mean'] == [None] * 3
+
+
 def test_a_line_that_was_cut_short_and_later_steps_are_dropped(tmp_path):
     path = tmp_path / 'log.jsonl'
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
@@ -730,10 +756,6 @@ def test_figures_join_comparisons_of_several_networks(compared, tmp_path):
     assert file.read_bytes().startswith(b'\x89PNG')
     with pytest.raises(configuration.ConfigError, match='a workdir of experiments'):
         comparison.load([str(tmp_path)])
-    old = tmp_path / 'old.json'
-    old.write_text('{"methods": {"sgd": {}}}')
-    with pytest.raises(configuration.ConfigError, match='older version'):
-        comparison.load([str(old)])
 
 
 def test_costs_weigh_sampled_and_reuse_steps_within_a_round():

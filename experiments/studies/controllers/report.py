@@ -185,7 +185,7 @@ def differences(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
         panels[1].set_yticklabels([])
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
-        figure.savefig(path)
+        plots.save(figure, path)
 
 
 def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
@@ -242,7 +242,7 @@ def against_rho(reports: Sequence[Mapping[str, Any]], path: pathlib.Path) -> Non
                 axes.set_ylabel('validation, %')
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
-        figure.savefig(path)
+        plots.save(figure, path)
 
 
 def curve(

@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from experiments.report import plots
+from experiments.report import plots, statistics
 
 Runs = dict[str, list[dict[str, Any]]]
 _DASHES = ('-', '--', ':', '-.')
@@ -46,7 +46,7 @@ def minima(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
                 style: dict[str, Any] = {'linestyle': dashes}
                 if name not in reach:
                     style['marker'] = 'o'
-                plots.band(axes, x, y, color, **style)
+                plots.band(axes, x, statistics.band(y), color, **style)
             axes.set_title(title, loc='left')
             axes.set_xlabel(label)
             if name not in reach:
@@ -66,7 +66,7 @@ def minima(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
             ha='left',
             fontsize=11,
         )
-        figure.savefig(path)
+        plots.save(figure, path)
 
 
 def lemma(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
@@ -120,7 +120,7 @@ def lemma(summary: dict[str, Any], runs: Runs, path: pathlib.Path) -> None:
             ha='left',
             fontsize=11,
         )
-        figure.savefig(path)
+        plots.save(figure, path)
 
 
 def _styles(runs: Runs) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.common import configuration, files, progress, shards, timing
+from experiments.common import configuration, files, program, progress, shards, timing
 from experiments.common.shards import Shard
 from experiments.data import sources
 from experiments.methods.titles import title
@@ -163,9 +163,15 @@ def _timing(
     }
     file = path / TIMING
     if file.exists():
-        saved = json.loads(file.read_text())
-        if saved['settings'] == settings:
-            return saved
+        try:
+            saved = json.loads(file.read_text())
+            if saved['settings'] == settings:
+                return saved
+        except (ValueError, KeyError, TypeError) as error:
+            raise configuration.ConfigError(
+                f'{file} holds no times of steps ({error!r}). Move it away, and they'
+                ' are taken again.'
+            ) from error
     timers = {}
     for method, experiment in experiments.items():
         planned = configs[method].dispatch == 'planned'
@@ -218,23 +224,22 @@ def _chunk(
     return chunk
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Runs what the flags say."""
     config, path = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-    with configuration.usage(arguments):
-        configuration.check(config)
-        shard = shards.parse(flags.FLAGS.shard)
-        file = flags.FLAGS.tuning
-        chosen = tuning.load_chosen(file, config.name) if file else None
-        summary = configuration.call(
-            compare,
-            'config.compare',
-            config.compare,
-            config=config,
-            workdir=path,
-            chosen=chosen,
-            shard=shard,
-        )
+    configuration.check(config)
+    shard = shards.parse(flags.FLAGS.shard)
+    file = flags.FLAGS.tuning
+    chosen = tuning.load_chosen(file, config.name) if file else None
+    summary = configuration.call(
+        compare,
+        'config.compare',
+        config.compare,
+        config=config,
+        workdir=path,
+        chosen=chosen,
+        shard=shard,
+    )
     if not summary:
         return
     files = write_report(summary, path)
@@ -248,10 +253,11 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    configuration.run(
+    program.run(
         main,
         shards.define_flag,
         lambda: flags.DEFINE_string(
             'tuning', '', 'The tuning.json whose settings each method takes.'
         ),
+        configured=True,
     )

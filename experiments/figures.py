@@ -14,9 +14,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments.common import configuration
+from experiments.common import program
 from experiments.report import comparison_plots
 from experiments.report.comparison import load
 from experiments.training import run_files
@@ -46,17 +46,20 @@ def write(
     return files
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Runs what the flags say."""
-    with configuration.usage(arguments):
-        summaries = load(flags.FLAGS.comparison)
-        workdir = run_files.open_workdir(flags.FLAGS.workdir)
+    summaries = load(flags.FLAGS.comparison)
+    workdir = run_files.open_workdir(flags.FLAGS.workdir)
     files = write(summaries, workdir)
     print('written to ' + ', '.join(map(str, files)))
 
 
-if __name__ == '__main__':
+def define_flags() -> None:
+    """Defines the flags; called by the program, not on import."""
     flags.DEFINE_multi_string('comparison', None, 'A finished comparison; repeatable.')
     flags.DEFINE_string('workdir', None, 'Where the figures are written.')
     flags.mark_flags_as_required(['comparison', 'workdir'])
-    app.run(main)
+
+
+if __name__ == '__main__':
+    program.run(main, define_flags)

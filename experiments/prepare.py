@@ -7,17 +7,15 @@ Reading needs no TensorFlow, only ``pip install '.[data]'``.
 """
 
 import sys
-from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
+from experiments.common import program
 from experiments.data import prepared
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Runs what the flags say."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'unknown arguments: {" ".join(arguments[1:])}')
     try:
         path = prepared.prepare(flags.FLAGS.dataset, flags.FLAGS.data_dir)
     except prepared.DataError as error:
@@ -25,10 +23,14 @@ def main(arguments: Sequence[str]) -> None:
     print(f'prepared in {path}')
 
 
-if __name__ == '__main__':
+def define_flags() -> None:
+    """Defines the flags; called by the program, not on import."""
     flags.DEFINE_string('dataset', None, 'Its name, cifar10 for instance.')
     flags.DEFINE_string(
         'data_dir', None, 'Where it is written; TFDS_DATA_DIR if it is not given.'
     )
     flags.mark_flag_as_required('dataset')
-    app.run(main)
+
+
+if __name__ == '__main__':
+    program.run(main, define_flags)

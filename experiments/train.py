@@ -17,23 +17,21 @@ The run is the same, to rounding, on any number of devices.
 """
 
 import pathlib
-from collections.abc import Sequence
 
 from absl import flags
 
-from experiments.common import configuration, processes
+from experiments.common import processes, program
 from experiments.training import run_files
 from experiments.training.loop import train
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Runs what the flags say."""
     options = flags.FLAGS
     cluster = (options.coordinator, options.num_processes, options.process_id)
-    with configuration.usage(arguments):
-        if options.distributed or any(value is not None for value in cluster):
-            processes.start(*cluster)
-        result = train(options.config, options.workdir, num_devices=options.num_devices)
+    if options.distributed or any(value is not None for value in cluster):
+        processes.start(*cluster)
+    result = train(options.config, options.workdir, num_devices=options.num_devices)
     if not processes.is_first():
         return
     print(
@@ -58,4 +56,4 @@ def define_flags() -> None:
 
 
 if __name__ == '__main__':
-    configuration.run(main, define_flags)
+    program.run(main, define_flags, configured=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.common import configuration, files, progress, shards
+from experiments.common import configuration, files, program, progress, shards
 from experiments.common.shards import Shard
 from experiments.data import examples, sources
 from experiments.report import provenance, statistics, tables
@@ -168,19 +168,18 @@ def _try(
     return complete
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Runs what the flags say."""
     config, path = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-    with configuration.usage(arguments):
-        configuration.check(config)
-        shard = shards.parse(flags.FLAGS.shard)
-        summary = configuration.call(
-            tune, 'config.tune', config.tune, config=config, workdir=path, shard=shard
-        )
+    configuration.check(config)
+    shard = shards.parse(flags.FLAGS.shard)
+    summary = configuration.call(
+        tune, 'config.tune', config.tune, config=config, workdir=path, shard=shard
+    )
     if summary:
         tables.show(f'{config.name}: on validation examples', *rows_of(summary))
         print(f'written to {path / TUNING}')
 
 
 if __name__ == '__main__':
-    configuration.run(main, shards.define_flag)
+    program.run(main, shards.define_flag, configured=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from rich import console, progress
 
 from experiments.benchmark import (
@@ -27,7 +27,7 @@ from experiments.benchmark import (
     variants,
     whole_runs,
 )
-from experiments.common import files
+from experiments.common import files, program
 from experiments.report import provenance, tables
 
 PARTS = ('steps', 'sweeps', 'runs')
@@ -142,10 +142,8 @@ class _Benchmark:
         tables.show('Whole runs', *report.of_runs(found))
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Runs the benchmark; see the flags."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'unknown arguments: {" ".join(arguments[1:])}')
     options: Any = flags.FLAGS
     # Two libraries share a GPU's memory.
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -211,5 +209,4 @@ def define_flags() -> None:
 
 
 if __name__ == '__main__':
-    define_flags()
-    app.run(main)
+    program.run(main, define_flags)

@@ -10,16 +10,16 @@ that arguments share is looked for.
 
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
+from absl import flags
 
 import vsam_jax
-from experiments.common import files, timing
+from experiments.common import files, program, timing
 from experiments.report import provenance, statistics
 
 _CALLS = 30
@@ -77,10 +77,8 @@ def measure(leaves: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Measures and writes the result file; see the flags."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'unknown arguments: {" ".join(arguments[1:])}')
     options: Any = flags.FLAGS
     content = {
         'command': provenance.command(),
@@ -102,5 +100,4 @@ def define_flags() -> None:
 
 
 if __name__ == '__main__':
-    define_flags()
-    app.run(main)
+    program.run(main, define_flags)

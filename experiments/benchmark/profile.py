@@ -9,14 +9,14 @@ operating system has to find for them. Tables go beside the JSON file.
 
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from rich import console
 
 from experiments.benchmark import host, problems, programs, rounds
-from experiments.common import files
+from experiments.common import files, program
 from experiments.models import zoo
 from experiments.report import provenance, tables
 
@@ -123,10 +123,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Makes the profile; see the flags."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'unknown arguments: {" ".join(arguments[1:])}')
     options: Any = flags.FLAGS
     screen = console.Console()
     output = pathlib.Path(options.output)
@@ -167,5 +165,4 @@ def define_flags() -> None:
 
 
 if __name__ == '__main__':
-    define_flags()
-    app.run(main)
+    program.run(main, define_flags)

@@ -1,20 +1,16 @@
-"""What a configuration may hold, and the flags that name one.
+"""What a configuration may hold.
 
 A configuration is an ``ml_collections.ConfigDict``. Its sections are the keyword
 arguments of the functions that read them, so a setting exists exactly if the
 function takes it, and a misspelt one is an error that lists the right ones.
 """
 
-import contextlib
 import copy
 import inspect
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
-from absl import app, flags, logging
-from ml_collections import config_flags
 
 T = TypeVar('T')
 
@@ -192,45 +188,3 @@ def differences(old: Any, new: Any, where: str = 'config') -> list[str]:
             for line in differences(old.get(key), new.get(key), f'{where}.{key}')
         ]
     return [] if old == new else [f'{where} is {old!r} there and {new!r} here']
-
-
-def run(main: Callable[[Sequence[str]], None], *more_flags: Callable[[], Any]) -> None:
-    """Runs a program with ``--config`` and ``--workdir``; errors name the cause.
-
-    Args:
-        main: what is run, inside of :func:`usage`.
-        *more_flags: define further flags, when they are called.
-    """
-    # Here and not on import: two programs may be imported by one test.
-    config_flags.DEFINE_config_file(
-        'config', None, 'The configuration file; --config.x=1 overrides a field.'
-    )
-    flags.DEFINE_string('workdir', None, 'Where logs and results are written.')
-    flags.mark_flags_as_required(['config', 'workdir'])
-    for define in more_flags:
-        define()
-    app.run(main, flags_parser=_parse_flags)
-
-
-def _parse_flags(arguments: list[str]) -> list[str]:
-    try:
-        return app.parse_flags_with_usage(arguments)
-    except (AttributeError, KeyError) as error:
-        # How ml_collections says that there is no such field, one error in another.
-        cause: Any = error
-        while isinstance(cause, Exception) and cause.args:
-            cause = cause.args[0]
-        sys.exit(f'--config has no such field: {cause}')
-
-
-@contextlib.contextmanager
-def usage(arguments: Sequence[str]) -> Iterator[None]:
-    """Around a program: wrong settings end it with a message, not a traceback."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'unknown arguments: {" ".join(arguments[1:])}')
-    # jax tells at this level which devices it did not find.
-    logging.set_verbosity(logging.WARNING)
-    try:
-        yield
-    except ConfigError as error:
-        raise app.UsageError(str(error)) from error

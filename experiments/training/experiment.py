@@ -103,7 +103,7 @@ def build(
         ConfigError: for settings that cannot be meant.
     """
     configuration.check(config)
-    devices = configuration.call(Devices.first, 'devices', {}, number=num_devices)
+    devices = configuration.call(Devices.first, '--num_devices', {}, number=num_devices)
     augmentation = configuration.call(
         Augmentation, 'config.augmentation', config.augmentation
     )

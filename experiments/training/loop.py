@@ -49,7 +49,8 @@ def train(
 
     Raises:
         ConfigError: for settings that cannot be meant, a workdir that cannot be
-            written, or one that holds a run with other settings.
+            written, one that holds a run with other settings, or one in which another
+            process is at work.
     """
     configuration.check(config)
     path = pathlib.Path(workdir)
@@ -59,9 +60,11 @@ def train(
     )
     if result is not None:
         return result
-    if experiment is None:
-        experiment = build(config, num_devices=num_devices)
     with contextlib.ExitStack() as stack:
+        claim = run_files.claimed(path, settings)
+        processes.on_first(lambda: stack.enter_context(claim))
+        if experiment is None:
+            experiment = build(config, num_devices=num_devices)
         if bar is None:
             title = f'{config.name} {config.method} seed {config.seed}'
             bar = progress.Bar()
@@ -70,23 +73,23 @@ def train(
                 bar = stack.enter_context(shown)
         measured = _run(experiment, config, path, bar)
 
-    def write() -> dict[str, Any]:
-        result = {
-            'name': config.name,
-            'method': config.method,
-            'model': config.model,
-            'seed': config.seed,
-            **measured,
-            'num_devices': experiment.batches.devices.count,
-            'num_processes': jax.process_count(),
-            'config': settings,
-            'command': provenance.command(),
-            **provenance.environment(),
-        }
-        files.write_json(path / run_files.RESULT, result)
-        return files.jsonable(result)
+        def write() -> dict[str, Any]:
+            result = {
+                'name': config.name,
+                'method': config.method,
+                'model': config.model,
+                'seed': config.seed,
+                **measured,
+                'num_devices': experiment.batches.devices.count,
+                'num_processes': jax.process_count(),
+                'config': settings,
+                'command': provenance.command(),
+                **provenance.environment(),
+            }
+            files.write_json(path / run_files.RESULT, result)
+            return files.jsonable(result)
 
-    return processes.on_first(write)
+        return processes.on_first(write)
 
 
 def train_seeds(

@@ -1,6 +1,7 @@
 """Files of a run: where they are, how they are written, what they say about it.
 
 ====================  ==========================================================
+``settings.json``     the settings, from the start of the run on
 ``result.json``       settings, accuracies, times; there once a run is finished
 ``log.jsonl``         one line per logging interval: means, accuracies, speed
 ``trace.jsonl``       one line per interval with a list of numbers of each step
@@ -9,15 +10,21 @@
 ====================  ==========================================================
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from experiments.common import configuration, files
 
+SETTINGS = 'settings.json'
 RESULT = 'result.json'
+# What a run writes besides; see run_log and checkpoints.
+_OTHERS = ('log.jsonl', 'trace.jsonl', 'checkpoints', 'tensorboard')
 
 
 def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
@@ -39,6 +46,69 @@ def open_workdir(workdir: str | os.PathLike) -> pathlib.Path:
     return path
 
 
+@contextlib.contextmanager
+def claimed(path: pathlib.Path, run: dict[str, Any]) -> Iterator[None]:
+    """Keeps others out of a workdir until the block is left, or the process killed.
+
+    Args:
+        path: the workdir, from :func:`open_workdir`.
+        run: the settings of the run, from :func:`configuration.of_run`.
+
+    Raises:
+        ConfigError: if another process is at work there, if a run with other settings
+            was begun there, or if there are files that this run would replace.
+    """
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise configuration.ConfigError(
+                f'{path} is in use: another process makes a run there. Give another'
+                ' workdir, or wait until it is finished.'
+            ) from error
+        except OSError:
+            pass  # A file system without locks.
+        _begin(path, files.jsonable(run))
+        yield
+    finally:
+        os.close(directory)
+
+
+def _begin(path: pathlib.Path, run: dict[str, Any]) -> None:
+    """Writes the settings of a run, or checks that they are those there."""
+    file = path / SETTINGS
+    if not file.exists():
+        foreign = [name for name in (RESULT, *_OTHERS) if (path / name).exists()]
+        if foreign:
+            raise configuration.ConfigError(
+                f'{path} holds {", ".join(foreign)} of something else: there is no'
+                f' {SETTINGS}. Give another workdir, or move them away.'
+            )
+        files.write_json(file, run)
+        return
+    try:
+        settings = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise configuration.ConfigError(
+            f'{file} holds no settings of a run ({error!r}). Move it away with what'
+            ' else is there of the run.'
+        ) from error
+    _check_same(path, settings, run)
+
+
+def _check_same(
+    path: pathlib.Path, there: dict[str, Any], here: dict[str, Any]
+) -> None:
+    differs = configuration.differences(there, here)
+    if differs:
+        raise configuration.ConfigError(
+            f'{path} holds a run with other settings:\n  '
+            + '\n  '.join(differs)
+            + '\nGive another workdir, or remove this one to run it again.'
+        )
+
+
 def finished(path: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """The result of a finished run in ``path``, None if there is none.
 
@@ -56,13 +126,7 @@ def finished(path: pathlib.Path, run: dict[str, Any]) -> dict[str, Any] | None:
         return None
     result = result_of(path)
     # Both sides went the same way: in the file, numbers have seven digits.
-    differs = configuration.differences(result['config'], files.jsonable(run))
-    if differs:
-        raise configuration.ConfigError(
-            f'{path} holds a finished run with other settings:\n  '
-            + '\n  '.join(differs)
-            + '\nGive another workdir, or remove this one to run it again.'
-        )
+    _check_same(path, result['config'], files.jsonable(run))
     return result
 
 

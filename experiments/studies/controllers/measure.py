@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.common import configuration, files, progress, shards
+from experiments.common import configuration, files, program, progress, shards
 from experiments.common.shards import Shard
 from experiments.data import sources
 from experiments.methods.titles import title
@@ -170,22 +170,21 @@ def rows_of(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Runs what the flags say."""
     config, path = flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir)
-    with configuration.usage(arguments):
-        configuration.check(config)
-        shard = shards.parse(flags.FLAGS.shard)
-        # Checks that it is one, of these runs.
-        tuning.load_chosen(flags.FLAGS.tuning, config.name)
-        summary = measure(
-            config,
-            path,
-            methods=config.compare.methods,
-            seeds=config.compare.seeds,
-            tuning=json.loads(pathlib.Path(flags.FLAGS.tuning).read_text()),
-            shard=shard,
-        )
+    configuration.check(config)
+    shard = shards.parse(flags.FLAGS.shard)
+    # Checks that it is one, of these runs.
+    tuning.load_chosen(flags.FLAGS.tuning, config.name)
+    summary = measure(
+        config,
+        path,
+        methods=config.compare.methods,
+        seeds=config.compare.seeds,
+        tuning=json.loads(pathlib.Path(flags.FLAGS.tuning).read_text()),
+        shard=shard,
+    )
     if summary:
         tables.show(f'{config.name}, {len(summary["seeds"])} seeds', *rows_of(summary))
         print(f'written to {path / SUMMARY}')
@@ -197,4 +196,4 @@ def _define_tuning() -> None:
 
 
 if __name__ == '__main__':
-    configuration.run(main, shards.define_flag, _define_tuning)
+    program.run(main, shards.define_flag, _define_tuning, configured=True)

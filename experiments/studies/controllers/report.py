@@ -15,9 +15,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.common import configuration
+from experiments.common import configuration, program
 from experiments.report import plots, provenance, tables
 from experiments.training import run_files
 
@@ -312,16 +312,19 @@ def write(
     return files
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Runs what the flags say."""
-    with configuration.usage(arguments):
-        path = run_files.open_workdir(flags.FLAGS.workdir)
-        reports = load(path)
-        fresh = load(path / FRESH) if (path / FRESH).is_dir() else []
+    path = run_files.open_workdir(flags.FLAGS.workdir)
+    reports = load(path)
+    fresh = load(path / FRESH) if (path / FRESH).is_dir() else []
     files = write(reports, path, fresh)
     print('written to ' + ', '.join(map(str, files)))
 
 
-if __name__ == '__main__':
+def define_flags() -> None:
+    """Defines the flags; called by the program, not on import."""
     flags.DEFINE_string('workdir', None, 'Where the reports are.', required=True)
-    app.run(main)
+
+
+if __name__ == '__main__':
+    program.run(main, define_flags)

@@ -19,29 +19,26 @@ computed in float32, whatever the run computed in.
 """
 
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments.common import configuration
+from experiments.common import configuration, program
 from experiments.report import tables
 from experiments.studies.flatness import report
 from experiments.studies.flatness.measure import MODES, SUMMARY, Settings, measure
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Measures what the flags say."""
     options: Any = flags.FLAGS
-    with configuration.usage(arguments):
-        path = pathlib.Path(
-            options.output
-            or pathlib.Path(options.workdir[0]) / f'flatness_{options.mode}'
-        )
-        settings = Settings(options.mode, options.examples, tuple(options.rho))
-        places = {name: getattr(options, name) for name in configuration.PLACES}
-        places = {name: place for name, place in places.items() if place}
-        summary = measure(options.workdir, path, settings, places)
+    path = pathlib.Path(
+        options.output or pathlib.Path(options.workdir[0]) / f'flatness_{options.mode}'
+    )
+    settings = Settings(options.mode, options.examples, tuple(options.rho))
+    places = {name: getattr(options, name) for name in configuration.PLACES}
+    places = {name: place for name, place in places.items() if place}
+    summary = measure(options.workdir, path, settings, places)
     files = report.write(summary, path)
     tables.show(summary['name'], *report.table(summary))
     print(report.footnote(summary))
@@ -65,5 +62,4 @@ def define_flags() -> None:
 
 
 if __name__ == '__main__':
-    define_flags()
-    app.run(main)
+    program.run(main, define_flags)

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments.common import configuration, files
+from experiments.common import files, program
 from experiments.report import provenance, statistics, tables
 from vsam_jax import sampling
 
@@ -138,16 +138,19 @@ def markdown(summary: dict[str, Any]) -> str:
     )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Measures and writes the numbers, and the table beside them."""
-    with configuration.usage(arguments):
-        summary = measure()
+    summary = measure()
     output = pathlib.Path(flags.FLAGS.output)
     files.write_json(output, summary)
     output.with_suffix('.md').write_text(markdown(summary))
     tables.show(f'Budget of K = {summary["window"]} on noise', *rows_of(summary))
 
 
-if __name__ == '__main__':
+def define_flags() -> None:
+    """Defines the flags; called by the program, not on import."""
     flags.DEFINE_string('output', None, 'The JSON file to write.', required=True)
-    app.run(main)
+
+
+if __name__ == '__main__':
+    program.run(main, define_flags)

@@ -10,17 +10,16 @@ examples is printed.
 """
 
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import traverse_util
 
-from experiments.common import configuration
+from experiments.common import configuration, program
 from experiments.data.augmentation import normalize
 from experiments.models.quantization import Quantized
 from experiments.studies.quantization import integers
@@ -72,11 +71,10 @@ def export(path: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
     """Exports what the flags say."""
     path = pathlib.Path(flags.FLAGS.workdir)
-    with configuration.usage(arguments):
-        found = export(path)
+    found = export(path)
     print(
         f'test accuracy {found["accuracy"]:.2%}, in whole numbers'
         f' {found["accuracy_in_integers"]:.2%} ({found["alike"]:.1%} alike);'
@@ -84,6 +82,10 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-if __name__ == '__main__':
+def define_flags() -> None:
+    """Defines the flags; called by the program, not on import."""
     flags.DEFINE_string('workdir', None, 'The workdir of the run.', required=True)
-    app.run(main)
+
+
+if __name__ == '__main__':
+    program.run(main, define_flags)

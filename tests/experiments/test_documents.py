@@ -1,5 +1,6 @@
 """What README.md and docs/ say: examples run, tables are those of the result files."""
 
+import importlib.util
 import json
 import re
 
@@ -11,6 +12,15 @@ from experiments.studies.flatness import report as flatness
 from experiments.studies.noise import __main__ as noise
 
 FILES = {file.name: file for file in documents.documents()}
+# What people read besides, by its place.
+READ = {
+    str(file.relative_to(documents.ROOT)): file
+    for file in (*FILES.values(), *documents.EXPERIMENTS.rglob('README.md'))
+}
+RESULTS = sorted(
+    str(file.relative_to(documents.ROOT))
+    for file in documents.EXPERIMENTS.rglob('results/**/*.json')
+)
 EXAMPLES = [
     pytest.param(file, example, id=f'{name} {number}')
     for name, file in FILES.items()
@@ -59,15 +69,24 @@ def test_what_studies_wrote_is_made_from_their_numbers():
         assert file.read_text() == text, file
 
 
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', READ)
 def test_local_links_lead_somewhere(name):
-    for link in re.findall(r'\]\(([^)]+)\)', FILES[name].read_text()):
+    for link in re.findall(r'\]\(([^)]+)\)', READ[name].read_text()):
         if '://' not in link:
             path, _, anchor = link.partition('#')
-            target = FILES[name].parent / path if path else FILES[name]
+            target = READ[name].parent / path if path else READ[name]
             assert target.exists(), link
             if anchor:
                 assert anchor in _anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize('name', [*READ, 'Makefile', *RESULTS])
+def test_commands_name_programs_and_configurations_that_are_there(name):
+    text = (documents.ROOT / name).read_text()
+    for module in set(re.findall(r'-m (experiments(?:\.\w+)+)', text)):
+        assert importlib.util.find_spec(module), module
+    for file in set(re.findall(r'--config=(experiments/[\w/]+\.py)', text)):
+        assert (documents.ROOT / file).exists(), file
 
 
 def _anchors(text: str) -> set[str]:

@@ -37,14 +37,21 @@ def digits(
     Returns:
         The data set, with true labels.
     """
-    # The images hold the whole numbers 0 to 16; 255/16 keeps them apart in uint8.
-    source: Any = datasets.load_digits()
-    images = np.round(source.images * (255 / 16)).astype(np.uint8)[..., None]
+    images, labels = _digits()
     sizes = {'train': train, 'validation': validation, 'test': test}
     _check_sizes(sizes, len(images))
     order = np.random.default_rng(split_seed).permutation(len(images))
-    splits = _split(images, source.target, order, sizes)
+    splits = _split(images, labels, order, sizes)
     return _dataset(splits, num_classes=10, statistics='train')
+
+
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of all digits."""
+    source: Any = datasets.load_digits()
+    # The images hold the whole numbers 0 to 16; 255/16 keeps them apart in uint8.
+    images = np.round(source.images * (255 / 16)).astype(np.uint8)[..., None]
+    return images, source.target
 
 
 def synthetic(

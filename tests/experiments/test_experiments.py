@@ -59,6 +59,13 @@ def programs(config) -> experiment.Experiment:
     return experiment.build(config)
 
 
+@pytest.fixture(scope='module')
+def traced(config, programs) -> experiment.Experiment:
+    """The same with one program that holds both kinds of steps."""
+    dataset = programs.batches.dataset
+    return experiment.build(changed(config, dispatch='traced'), dataset)
+
+
 # --- Data ---------------------------------------------------------------------
 
 
@@ -226,8 +233,10 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_labels(config, programs):
 # --- The trainer --------------------------------------------------------------
 
 
-def test_a_result_holds_settings_accuracies_times_and_what_ran(config, tmp_path):
-    result = train(config, tmp_path, bar=progress.Bar())
+def test_a_result_holds_settings_accuracies_times_and_what_ran(
+    config, programs, tmp_path
+):
+    result = train(config, tmp_path, experiment=programs, bar=progress.Bar())
     assert result == json.loads((tmp_path / run_files.RESULT).read_text())
     assert result['config'] == files.jsonable(configuration.of_run(config))
     assert result['seed'] == 0
@@ -288,11 +297,11 @@ def test_training_learns(config, tmp_path):
     assert result['sampling_rate'] == 0
 
 
-def test_planned_and_traced_agree(config, tmp_path):
+def test_planned_and_traced_agree(config, programs, traced, tmp_path):
     losses = {}
-    for dispatch in configuration.DISPATCHES:
-        path = tmp_path / dispatch
-        train(changed(config, dispatch=dispatch), path, bar=progress.Bar())
+    for dispatch, made in (('planned', programs), ('traced', traced)):
+        path, run = tmp_path / dispatch, changed(config, dispatch=dispatch)
+        train(run, path, experiment=made, bar=progress.Bar())
         trace = run_log.read_lines(path / run_log.TRACE)
         losses[dispatch] = [x for entry in trace for x in entry['loss']]
         losses[dispatch, 'plan'] = [x for entry in trace for x in entry['sampled']]
@@ -310,8 +319,7 @@ def test_a_seed_chooses_parameters_and_order(programs):
     np.testing.assert_array_equal(kernels[0], kernels[2])
 
 
-def test_planned_programs_hold_no_conditional_and_traced_ones_do(config, programs):
-    traced = experiment.build(changed(config, dispatch='traced'))
+def test_planned_programs_hold_no_conditional_and_traced_ones_do(programs, traced):
     state = programs.init(seed=0)
     batches = programs.batches
     batch = batches.take(batches.dataset.train, batches.epoch(0, 0), 0)

@@ -76,6 +76,14 @@ def test_no_study_imports_another(experiments):
     assert between == []
 
 
+def test_every_study_has_a_readme_that_the_house_names():
+    house_text = (ROOT / 'experiments/README.md').read_text()
+    for path in sorted((ROOT / 'experiments/studies').iterdir()):
+        if (path / '__init__.py').exists():
+            assert (path / 'README.md').exists(), path.name
+            assert f'](studies/{path.name}/README.md)' in house_text, path.name
+
+
 def test_chains_of_imports_are_short(experiments):
     deep = {
         name: level

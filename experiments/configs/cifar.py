@@ -84,6 +84,14 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
             'seed': 0,
         },
         'steady_vsam': {'rho': 0.05, 'every': 3, 'tolerance': 0.3},
+        'lean_sam': {'rho': 0.05, 'share': 1 / 8, 'every': 3, 'tolerance': 0.5},
+        'gsam': {'rho': 0.05, 'alpha': 0.1},
+        'wsam': {'rho': 0.05, 'gamma': 0.9},
+        'fsam': {'rho': 0.05, 'sigma': 1.0, 'decay': 0.6},
+        'vasso': {'rho': 0.05, 'theta': 0.4},
+        'asyncsam': {'rho': 0.05},
+        'aesam': {'rho': 0.05, 'delta': 0.9, 'lambda1': -1.0, 'lambda2': 1.0},
+        'msam': {'rho': 0.3},
     }
     config.optimizer = {
         'learning_rate': 0.05,

@@ -78,6 +78,16 @@ def get_config() -> ml_collections.ConfigDict:
         },
         # Not tuned: SAM's ρ, as it is meant to be used.
         'steady_vsam': {'rho': 1.0, 'every': 3, 'tolerance': 0.3},
+        # An eighth of 100 examples is none.
+        'lean_sam': {'rho': 1.0, 'share': 1 / 4, 'every': 3, 'tolerance': 0.5},
+        # Not tuned either: SAM's ρ, and what their authors have besides.
+        'gsam': {'rho': 1.0, 'alpha': 0.1},
+        'wsam': {'rho': 1.0, 'gamma': 0.5},
+        'fsam': {'rho': 1.0, 'sigma': 1.0, 'decay': 0.6},
+        'vasso': {'rho': 1.0, 'theta': 0.4},
+        'asyncsam': {'rho': 1.0},
+        'aesam': {'rho': 1.0, 'delta': 0.9, 'lambda1': -1.0, 'lambda2': 1.0},
+        'msam': {'rho': 3.0},
     }
     config.optimizer = {
         'learning_rate': 0.1,

@@ -42,6 +42,8 @@ class Method:
         init_memory: makes what such a step keeps in ``state.memory``.
         always_samples: whether every step takes a second gradient, where there is
             no VSAMState that says so.
+        eval_params: ``eval_params(opt_state, params)`` are the parameters to evaluate;
+            None where they are those that are trained.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -49,3 +51,4 @@ class Method:
     make_step: Callable[[Any], Callable[..., Any]] = vsam_jax.linen.make_train_step
     init_memory: Callable[[], Any] = tuple
     always_samples: bool = False
+    eval_params: Callable[[Any, Any], Any] | None = None

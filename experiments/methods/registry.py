@@ -1,5 +1,6 @@
 """Methods by name: from a configuration to an optimizer and its steps."""
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -25,9 +26,16 @@ _DIRECTIONS: dict[str, tuple[Callable[..., Any], tuple[bool, ...]]] = {
     'sgd': (_sgd, ()),
     'sam': (vsam_jax.sam, (True,)),
     'asam': (vsam_jax.asam, (True,)),
+    'gsam': (vsam_jax.gsam, (True,)),
+    'wsam': (vsam_jax.wsam, (True,)),
+    'fsam': (vsam_jax.fsam, (True,)),
+    'vasso': (vsam_jax.vasso, (True,)),
+    'asyncsam': (vsam_jax.asyncsam, (True,)),
+    'aesam': (vsam_jax.aesam, ()),
     'looksam': (vsam_jax.looksam, _BOTH),
     'vsam': (vsam_jax.vsam, _BOTH),
     'steady_vsam': (vsam_jax.steady_vsam, _BOTH),
+    'lean_sam': (vsam_jax.lean_sam, _BOTH),
 }
 
 
@@ -147,8 +155,14 @@ def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
             steps_per_epoch=task.steps_per_epoch,
         )
         return Method(base, (), make_step=saf.make_step, init_memory=saf.init_memory)
+    if name == 'msam':
+        last = configuration.call(vsam_jax.msam, where, settings)
+        tx = optax.chain(base, last)
+        return Method(tx, (), eval_params=vsam_jax.msam_eval_params)
     direction, programs = _direction(field, name)
     allowed = inspect.signature(direction).parameters
+    if name == 'aesam':
+        settings.setdefault('steps', task.num_steps)
     if 'perturb_mask' in allowed and not settings.pop('perturb_step_sizes', True):
         settings['perturb_mask'] = quantization.all_but_step_sizes
     if 'stats_mask' in allowed:
@@ -158,7 +172,11 @@ def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
                 task.last_tensors, f'{where}.stats_tensors', {}, n=tensors
             )
     first = configuration.call(direction, where, settings)
-    return Method(tx=optax.chain(first, base), programs=programs)
+    make_step = vsam_jax.linen.make_train_step
+    if 'share' in allowed:
+        share = settings.get('share', allowed['share'].default)
+        make_step = functools.partial(make_step, psf_share=share)
+    return Method(optax.chain(first, base), programs, make_step=make_step)
 
 
 def _direction(field: str, name: str) -> tuple[Callable[..., Any], tuple[bool, ...]]:
@@ -170,7 +188,7 @@ def _direction(field: str, name: str) -> tuple[Callable[..., Any], tuple[bool, .
     """
     module, colon, function = name.partition(':')
     if not colon:
-        names = dict.fromkeys((*_DIRECTIONS, 'esam', 'saf'))
+        names = dict.fromkeys((*_DIRECTIONS, 'esam', 'saf', 'msam'))
         configuration.pick(field, names, name)
         return _DIRECTIONS[name]
     try:

@@ -6,11 +6,19 @@ TITLES = {
     'sgd': 'SGD',
     'sam': 'SAM',
     'asam': 'ASAM',
+    'gsam': 'GSAM',
+    'wsam': 'WSAM',
+    'fsam': 'F-SAM',
+    'vasso': 'VaSSO',
+    'asyncsam': 'AsyncSAM',
+    'aesam': 'AE-SAM',
+    'msam': 'MSAM',
     'looksam': 'LookSAM',
     'esam': 'ESAM',
     'saf': 'SAF',
     'vsam': 'vSAM',
     'steady_vsam': 'steady vSAM',
+    'lean_sam': 'lean SAM',
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 import vsam_jax
 from experiments.common import configuration
@@ -71,13 +72,16 @@ class Experiment:
 
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Accuracies and losses on the examples held back, of each kind there is."""
-        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        params = state.params
+        if self.method.eval_params is not None:
+            params = self.method.eval_params(state.opt_state, params)
+        variables = {'params': params, 'batch_stats': state.batch_stats}
         return evaluate(self.model, variables, self.batches.dataset)
 
     def counts(self, state: RunState) -> dict[str, int]:
         """How many steps of the run so far were sampled, and how many in vain."""
         counts = {'num_samples': 0, 'num_rejected': 0}
-        if self.method.programs:
+        if optax.tree.get(state.opt_state, 'num_samples') is not None:
             numbers = jax.device_get(vsam_jax.metrics(state.opt_state))
             counts = {name: int(numbers[name]) for name in counts}
         elif self.method.always_samples:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 import vsam_jax
 from experiments.common.devices import Devices
@@ -37,10 +38,7 @@ class Step:
         devices: Devices,
         planned: bool,
     ):
-        train_step = _recorded(
-            method.make_step(_spread(loss_fn, devices)),
-            has_plan=bool(method.programs),
-        )
+        train_step = _recorded(method.make_step(_spread(loss_fn, devices)))
         self._decisions = method.programs if planned else ()
         self.function: Any
         if self._decisions:
@@ -82,12 +80,13 @@ def _spread(loss_fn: Callable[..., Any], devices: Devices) -> Callable[..., Any]
     return spread_loss
 
 
-def _recorded(train_step: Any, has_plan: bool) -> Any:
+def _recorded(train_step: Any) -> Any:
     """The same step, which also writes a row of ``state.record``."""
 
     def recorded_step(state: RunState, batch: Any) -> RunState:
         new, aux = train_step(state, batch)
-        numbers = aux | (vsam_jax.metrics(new.opt_state) if has_plan else {})
+        samples = optax.tree.get(new.opt_state, 'num_samples') is not None
+        numbers = aux | (vsam_jax.metrics(new.opt_state) if samples else {})
         row = [jnp.asarray(numbers.get(name, jnp.nan), jnp.float32) for name in COLUMNS]
         index = state.step % state.record.shape[0]
         return new.replace(record=state.record.at[index].set(jnp.stack(row)))

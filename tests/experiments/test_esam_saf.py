@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from experiments.methods import esam, saf
 from experiments.methods.esam import ESAM
 from experiments.methods.saf import SAF
 from experiments.training.state import RunState
+from tests.library import conformance
 
 LEARNING_RATE = 0.5
 N, C = 6, 3
@@ -254,3 +256,52 @@ def test_a_setting_that_cannot_be_meant_is_refused(method, settings, message):
     task = {'num_examples': N, 'num_classes': C, 'steps_per_epoch': 1}
     with pytest.raises(ValueError, match=message):
         method(**settings, **(task if method is SAF else {}))
+
+
+# --- Runs that the authors' program recorded ----------------------------------
+
+
+@pytest.mark.parametrize('name', ['esam', 'esam_2', 'esam_3'])
+def test_esam_follows_the_program_of_its_authors(name):
+    """Given which tensors were perturbed: those are drawn from another generator."""
+    with jax.enable_x64(True):
+        data, meta = conformance.load(name)
+        count = len(meta['order'])
+        of_arrays = lambda arrays: conformance.tree(meta, list(arrays))
+        params = of_arrays(jnp.asarray(data[f'init_{i}']) for i in range(count))
+        tx = optax.chain(
+            optax.add_decayed_weights(meta['weight_decay']),
+            optax.sgd(meta['lr'], momentum=meta['momentum']),
+        )
+        loss = conformance.loss_of(meta)
+        losses = jax.vmap(
+            lambda p, x, y: loss(p, (x[None], y[None])), in_axes=(None, 0, 0)
+        )
+        # The program keeps what rose more than the k-th largest rise: one fewer.
+        kept = 32 if meta['gamma'] == 1 else int(meta['gamma'] * 32) - 1
+
+        @jax.jit
+        def step(params, opt_state, x, y, active):
+            perturbed = esam.perturb_some(
+                params,
+                jax.grad(loss)(params, (x, y)),
+                of_arrays(active),
+                meta['rho'] / meta['beta'],
+            )
+            rise = losses(perturbed, x, y) - losses(params, x, y)
+            rows = esam.steepest(rise, meta['gamma'])[:kept]
+            grads = jax.grad(loss)(perturbed, (x[rows], y[rows]))
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, rows
+
+        opt_state = tx.init(params)
+        for t in range(meta['steps']):
+            batch = jnp.asarray(data['x'][t]), jnp.asarray(data['y'][t])
+            params, opt_state, rows = step(
+                params, opt_state, *batch, jnp.asarray(data['active'][t])
+            )
+            assert set(np.asarray(rows)) == set(np.flatnonzero(data['selected'][t]))
+            for row in np.flatnonzero(data['at'] == t):
+                expected = of_arrays(data[f'params_{i}'][row] for i in range(count))
+                # The program divides by the norm and 1e-7.
+                chex.assert_trees_all_close(params, expected, rtol=0, atol=1e-6)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
 import vsam_jax
@@ -141,7 +142,11 @@ def test_a_batch_holds_the_named_examples_normalised():
 # --- Methods ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', ['sgd', 'sam', 'asam', 'looksam', 'vsam'])
+METHODS: Any = digits.get_config().methods
+FIRST_IN_CHAIN = [name for name in METHODS if name not in ('esam', 'saf', 'msam')]
+
+
+@pytest.mark.parametrize('name', FIRST_IN_CHAIN)
 def test_every_method_of_the_configuration_is_made_with_its_settings(config, name):
     method = registry.create(name, config.methods[name], config.optimizer, TASK)
     loss = lambda w: jnp.sum(w**4)
@@ -150,10 +155,12 @@ def test_every_method_of_the_configuration_is_made_with_its_settings(config, nam
     @jax.jit
     def first_update(params):
         state, grads = method.tx.init(params), jax.grad(loss)(params)
-        return method.tx.update(grads, state, params, grad_fn=jax.grad(loss))
+        gradient = 'psf_grad_fn' if name == 'lean_sam' else 'grad_fn'
+        told = {gradient: jax.grad(loss)}
+        return method.tx.update(grads, state, params, **told)
 
     updates, state = first_update(params)
-    assert bool(method.programs) == (name != 'sgd')
+    assert bool(method.programs) == (name not in ('sgd', 'aesam'))
     optimizer = {**config.optimizer, **config.methods[name].get('optimizer', {})}
     if name == 'sgd':
         decayed = jax.grad(loss)(params) + optimizer['weight_decay'] * params
@@ -163,7 +170,8 @@ def test_every_method_of_the_configuration_is_made_with_its_settings(config, nam
     else:
         numbers = vsam_jax.metrics(state)
         assert int(numbers['num_samples']) == 1
-        assert float(numbers['psf_norm']) > 0
+        # AsyncSAM's first step is not perturbed.
+        assert (float(numbers['psf_norm']) > 0) == (name != 'asyncsam')
 
 
 def test_statistics_may_be_taken_over_the_last_tensors_alone(config, programs):
@@ -177,13 +185,34 @@ def test_statistics_may_be_taken_over_the_last_tensors_alone(config, programs):
     np.testing.assert_allclose(norm, np.sqrt(8 * 10 + 10), rtol=1e-6)
 
 
-@pytest.mark.parametrize(('name', 'rate'), [('esam', 1.0), ('saf', 0.0)])
+@pytest.mark.parametrize(
+    ('name', 'rate'), [('esam', 1.0), ('saf', 0.0), ('msam', 0.0), ('lean_sam', 1 / 3)]
+)
 def test_methods_without_a_plan_say_whether_they_take_second_gradients(
     config, name, rate, tmp_path
 ):
     result = train(changed(config, method=name), tmp_path, bar=progress.Bar())
-    assert result['sampling_rate'] == rate
+    assert result['sampling_rate'] == pytest.approx(rate)
     assert result['log'][-1]['loss'] > 0
+
+
+def test_a_method_that_decides_from_the_gradient_is_traced_and_counted(
+    config, tmp_path
+):
+    result = train(changed(config, method='aesam'), tmp_path, bar=progress.Bar())
+    assert 0 < result['sampling_rate'] <= 1
+    assert result['num_samples'] == round(12 * result['sampling_rate'])
+
+
+def test_momentum_sam_is_evaluated_without_its_perturbation(config):
+    built = experiment.build(changed(config, method='msam', methods__msam__rho=9.0))
+    state = built.init(0)
+    offset = jax.tree.map(lambda w: 9.0 * jnp.ones_like(w), state.params)
+    moved = state.replace(
+        params=jax.tree.map(jnp.add, state.params, offset),
+        opt_state=optax.tree.set(state.opt_state, offset=offset),
+    )
+    assert built.evaluate(moved) == pytest.approx(built.evaluate(state), abs=1e-4)
 
 
 def test_a_method_may_have_a_learning_rate_of_its_own(config):

@@ -56,6 +56,7 @@ def real(
     low: float = 0.0,
     high: float = float(np.finfo(np.float32).max),
     open_low: bool = False,
+    open_high: bool = False,
 ) -> float:
     """Returns ``value`` as a float in [low, high], or raises."""
     _reject_array(name, value)
@@ -64,12 +65,14 @@ def real(
     elif high == float(np.finfo(np.float32).max):
         allowed = f'a finite number {">" if open_low else ">="} {low:g}'
     else:
-        allowed = f'a number in {"(" if open_low else "["}{low:g}, {high:g}]'
+        ends = '(' if open_low else '[', ')' if open_high else ']'
+        allowed = f'a number in {ends[0]}{low:g}, {high:g}{ends[1]}'
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f'{name} must be {allowed}, got {value!r}.')
     result = float(value)
     inside = low < result if open_low else low <= result
-    if not (math.isfinite(result) and inside and result <= high):
+    inside = inside and (result < high if open_high else result <= high)
+    if not (math.isfinite(result) and inside):
         raise ValueError(f'{name} must be {allowed}, got {value!r}.')
     return result
 

@@ -2,13 +2,15 @@ r"""Relatives of SAM, each as its authors define it.
 
 Each is a choice of where, when and how, put together by
 :func:`vsam_jax.sharpness_aware`. ``update``, masks and state are those of
-:func:`vsam_jax.vsam`. Trajectories that programs of the authors made hold most of them;
-docs/conformance.md names the program and the largest difference.
+:func:`vsam_jax.vsam`. Most are held to runs that a program of their authors recorded;
+docs/conformance.md names the program and the largest difference. Defaults are start
+values, not always the authors' own.
 """
 
 import optax
 
 from vsam_jax import _checks, perturbation, reuse, sampling
+from vsam_jax._methods import every_step
 from vsam_jax._transform import sharpness_aware
 from vsam_jax._types import Mask, Radius
 
@@ -48,12 +50,8 @@ def gsam(
         >>> print(f'{updates[0]:.2f} {updates[1]:.2f}')
         -0.41 -3.70
     """
-    return sharpness_aware(
-        perturbation.l2_ascent,
-        sampling.Periodic(1),
-        reuse.SurrogateGap(alpha),
-        rho,
-        perturb_mask=perturb_mask,
+    return every_step(
+        perturbation.l2_ascent, reuse.SurrogateGap(alpha), rho, perturb_mask
     )
 
 
@@ -92,15 +90,9 @@ def wsam(
         >>> print(f'{updates:.2f}')
         -1.30
     """
-    gamma = _checks.real('gamma', gamma, high=1.0)
-    if gamma == 1:
-        raise ValueError('gamma must be below 1, got 1: nothing of g would be left.')
-    return sharpness_aware(
-        perturbation.l2_ascent,
-        sampling.Periodic(1),
-        reuse.Amplified(gamma / (1 - gamma)),
-        rho,
-        perturb_mask=perturb_mask,
+    gamma = _checks.real('gamma', gamma, high=1.0, open_high=True)
+    return every_step(
+        perturbation.l2_ascent, reuse.Amplified(gamma / (1 - gamma)), rho, perturb_mask
     )
 
 
@@ -145,12 +137,11 @@ def fsam(
         >>> print(f'{opt_state[0].perturbation_memory.mean[0]:.1f}')
         2.6
     """
-    return sharpness_aware(
+    return every_step(
         perturbation.Along(perturbation.without_mean(sigma, decay)),
-        sampling.Periodic(1),
         reuse.NoReuse(),
         rho,
-        perturb_mask=perturb_mask,
+        perturb_mask,
     )
 
 
@@ -190,12 +181,11 @@ def vasso(
         >>> print(opt_state[0].perturbation_memory.mean)
         [4. 4.]
     """
-    return sharpness_aware(
+    return every_step(
         perturbation.Along(perturbation.running_mean(theta)),
-        sampling.Periodic(1),
         reuse.NoReuse(),
         rho,
-        perturb_mask=perturb_mask,
+        perturb_mask,
     )
 
 
@@ -211,7 +201,9 @@ def asyncsam(
 
     The first step is not perturbed. g of this step is not needed for its own direction,
     so the two gradients of a step can be taken at the same time. That is what the
-    authors save by; in one program on one device this costs what SAM does.
+    authors save by, and by taking g_{t−1} of fewer examples; in one program on one
+    device this costs what SAM does. ``per_device=True`` is refused: the gradient that
+    is kept is the mean over devices.
 
     Args:
         rho: ρ, as in :func:`vsam_jax.vsam`.
@@ -223,7 +215,8 @@ def asyncsam(
         step.
 
     References:
-        `Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep Learning
+        Jo, Lim and Lee, `Asynchronous Sharpness-Aware Minimization For Fast and
+        Accurate Deep Learning
         <https://arxiv.org/abs/2503.11147>`_, 2025
 
     Example:
@@ -235,12 +228,11 @@ def asyncsam(
         >>> print(f'{updates:.2f}')
         -1.00
     """
-    return sharpness_aware(
-        perturbation.Along(perturbation.delayed()),
-        sampling.Periodic(1),
+    return every_step(
+        perturbation.Along(perturbation.delayed(), uses_gradient=False),
         reuse.NoReuse(),
         rho,
-        perturb_mask=perturb_mask,
+        perturb_mask,
     )
 
 

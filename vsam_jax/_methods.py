@@ -11,6 +11,8 @@ method     where (perturbation)  when (sampling)   how (reuse)
 ========== ===================== ================= =========================
 """
 
+from typing import Any
+
 import optax
 
 from vsam_jax import _checks, _portions, perturbation, reuse, sampling
@@ -280,14 +282,10 @@ def steady_vsam(
         >>> print(int(opt_state[0].num_samples))
         2
     """
-    rule = sampling.Periodic(every)
-    # Checked also where nothing is reused.
-    difference = reuse.SteadyDifference(max(rule.every, 2), tolerance)
-    return sharpness_aware(
-        perturbation.l2_ascent,
-        rule,
-        reuse.NoReuse() if rule.always else difference,
+    return _steady(
         rho,
+        every,
+        tolerance,
         stats_mask=stats_mask,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
@@ -363,14 +361,10 @@ def lean_sam(
     scale = share**0.5
     rho = _checks.radius('rho', rho)
     scaled = (lambda count: scale * rho(count)) if callable(rho) else scale * rho
-    rule = sampling.Periodic(every)
-    # Checked also where nothing is reused.
-    difference = reuse.SteadyDifference(max(rule.every, 2), tolerance)
-    return sharpness_aware(
-        perturbation.l2_ascent,
-        rule,
-        reuse.NoReuse() if rule.always else difference,
+    return _steady(
         scaled,
+        every,
+        tolerance,
         stats_mask=stats_mask,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
@@ -411,13 +405,7 @@ def sam(
         >>> print(f'{updates:.2f}')
         -1.10
     """
-    return sharpness_aware(
-        perturbation.l2_ascent,
-        sampling.Periodic(1),
-        reuse.NoReuse(),
-        rho,
-        perturb_mask=perturb_mask,
-    )
+    return every_step(perturbation.l2_ascent, reuse.NoReuse(), rho, perturb_mask)
 
 
 def asam(
@@ -464,12 +452,11 @@ def asam(
         >>> print(f'{updates:.2f}')
         -2.20
     """
-    return sharpness_aware(
+    return every_step(
         perturbation.elementwise_ascent(eta, scale_mask),
-        sampling.Periodic(1),
         reuse.NoReuse(),
         rho,
-        perturb_mask=perturb_mask,
+        perturb_mask,
     )
 
 
@@ -523,4 +510,32 @@ def looksam(
         rho,
         perturb_mask=perturb_mask,
         psf_dtype=psf_dtype,
+    )
+
+
+def every_step(
+    perturb: perturbation.Perturbation,
+    rule: reuse.ReuseRule,
+    rho: Radius,
+    perturb_mask: Mask | None,
+) -> optax.GradientTransformationExtraArgs:
+    """A method that takes a second gradient on every step."""
+    return sharpness_aware(
+        perturb, sampling.Periodic(1), rule, rho, perturb_mask=perturb_mask
+    )
+
+
+def _steady(
+    rho: Radius, every: int, tolerance: float, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Every k-th step sampled, one weight in between; at k = 1 nothing is stored."""
+    rule = sampling.Periodic(every)
+    # Checked also where nothing is reused.
+    difference = reuse.SteadyDifference(max(rule.every, 2), tolerance)
+    return sharpness_aware(
+        perturbation.l2_ascent,
+        rule,
+        reuse.NoReuse() if rule.always else difference,
+        rho,
+        **settings,
     )

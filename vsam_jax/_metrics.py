@@ -25,7 +25,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 
         - ``sampling_rate``: the share of updates so far that took a second gradient.
         - ``budget``: b, how many steps of the current window are sampled (⌊b⌋; after
-          warm-up, in which all are).
+          warm-up, in which all are); 0 where there is no plan (``aesam``).
         - ``sampled``: whether the latest update took a second gradient.
         - ``grad_norm``, ``psf_norm``: ‖g‖ and ‖s‖ of the latest usable sample.
         - ``sharpness``: L(w + ε) − L(w) of that sample; NaN until it is known, which

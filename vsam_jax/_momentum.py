@@ -15,8 +15,8 @@ class MSAMState(NamedTuple):
 
     Attributes:
         step: int32 scalar, the number of updates made.
-        offset: ρ u/‖u‖ of the latest update u, a tree like the parameters: where these
-            stand less where they would stand without MSAM.
+        offset: ρ u/‖u‖ of the latest update u that was not zero, a tree like the
+            parameters: the trained ones less those to evaluate.
     """
 
     step: jax.Array
@@ -33,11 +33,19 @@ def msam(rho: Radius = 0.3) -> optax.GradientTransformationExtraArgs:
     .. math:: w_t + ρ \, u_t / ‖u_t‖_2,
 
     with u the update of the base optimizer. So a step takes one gradient, of the
-    parameters as they are, in any training loop. Evaluate and save
-    :func:`msam_eval_params`.
+    parameters as they are, in any training loop. An update of zero (a warm-up from
+    zero, a mini-step of ``optax.MultiSteps``) leaves the perturbation as it is.
 
-    Any base optimizer will do, and weight decay as ``optax.add_decayed_weights`` adds
-    it, which then acts on the perturbed parameters, as in the authors' program.
+    Evaluate and export :func:`msam_eval_params`; a checkpoint holds the trained
+    parameters together with the optimizer state. Statistics of BatchNorm are those of
+    the perturbed parameters.
+
+    After SGD with momentum this is the authors' method, with weight decay as
+    ``optax.add_decayed_weights`` adds it, which acts on the perturbed parameters as in
+    their program. Any other base optimizer will do, but ε then follows the whole
+    update, preconditioned and with what else it has in it; the authors' variant of
+    AdamW, which follows the mean of the gradients, is not offered. Inside
+    ``optax.masked`` the other tensors are left alone.
 
     Args:
         rho: ρ, a number >= 0, a scalar array or an optax schedule of the update count.
@@ -70,26 +78,31 @@ def msam(rho: Radius = 0.3) -> optax.GradientTransformationExtraArgs:
     rho = _checks.radius('rho', rho)
 
     def init(params: PyTree) -> MSAMState:
-        _checks.floating_leaves('params', params)
+        for leaf in jax.tree.leaves(params):  # None where optax.masked left some out.
+            _checks.floating_leaves('params', leaf)
         return MSAMState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
 
     def update(
         updates: PyTree, state: MSAMState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, MSAMState]:
         del params, extra_args
+        _checks.same_tree(
+            'updates', updates, 'the offset in state', state.offset, dtypes=False
+        )
         radius = rho(state.step) if callable(rho) else rho
         norm = _numerics.wide_norm(updates)
-        # At zero there is no direction: the parameters are those without MSAM.
-        scale = jnp.where(norm > 0, radius / jnp.where(norm > 0, norm, 1), 0)
+        scale = radius / jnp.where(norm == 0, 1, norm)
         offset = jax.tree.map(
-            lambda u, old: (scale * _numerics.widen(u)).astype(old.dtype),
+            lambda u, old: jnp.where(
+                norm == 0, old, (scale * _numerics.widen(u)).astype(old.dtype)
+            ),
             updates,
             state.offset,
         )
         moved = jax.tree.map(
             lambda u, new, old: (
                 _numerics.widen(u) + (_numerics.widen(new) - _numerics.widen(old))
-            ).astype(u.dtype),
+            ).astype(jnp.promote_types(u.dtype, old.dtype)),
             updates,
             offset,
             state.offset,
@@ -104,14 +117,14 @@ def msam_eval_params(state: Any, params: PyTree) -> PyTree:
 
     Args:
         state: anything with exactly one :class:`MSAMState` in it: the state of a chain
-            or of a wrapper.
-        params: the parameters that are trained.
+            or of a wrapper, an ``nnx.Optimizer``.
+        params: the parameters that are trained, in NNX ``nnx.state(model, nnx.Param)``.
 
     Returns:
         A tree like ``params``.
 
     Raises:
-        ValueError: if ``state`` holds none or several, or one of another tree.
+        ValueError: if ``state`` holds none or several, or one of other parameters.
     """
     is_state = lambda node: isinstance(node, MSAMState)
     found = list(filter(is_state, jax.tree.leaves(state, is_leaf=is_state)))
@@ -120,6 +133,26 @@ def msam_eval_params(state: Any, params: PyTree) -> PyTree:
             'state must hold exactly one MSAMState, that of the optimizer with'
             f' vsam_jax.msam in it, but it holds {len(found)}.'
         )
-    offset = found[0].offset
-    _checks.same_tree('params', params, 'the offset in state', offset, dtypes=False)
-    return jax.tree.map(lambda w, e: _numerics.add_scaled(w, -1, e), params, offset)
+    moved = {
+        _path(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found[0].offset)
+    }
+    known = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    unknown = sorted(set(moved) - set(known))
+    if unknown:
+        raise ValueError(
+            'params must be the parameters that the optimizer with vsam_jax.msam'
+            f' trains, but they have no tensor at {unknown[0]!r}.'
+        )
+
+    def evaluated(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
+        # Tensors that optax.masked left out have not moved.
+        name = _path(path)
+        return _numerics.add_scaled(w, -1, moved[name]) if name in moved else w
+
+    return jax.tree_util.tree_map_with_path(evaluated, params)
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    """Where a leaf is. Variables of NNX have another type in a state than outside."""
+    return jax.tree_util.keystr(path, simple=True, separator='/')

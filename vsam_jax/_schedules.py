@@ -58,9 +58,11 @@ def rho_schedule(
             f' {learning_rate!r}. With a constant rate give a constant rho.'
         )
     min_rho = _checks.real('min_rho', min_rho)
-    max_rho = _checks.real('max_rho', max_rho, low=min_rho)
+    max_rho = _checks.real('max_rho (from min_rho on)', max_rho, low=min_rho)
     min_rate = _checks.real('min_rate', min_rate)
-    max_rate = _checks.real('max_rate', max_rate, low=min_rate, open_low=True)
+    max_rate = _checks.real(
+        'max_rate (above min_rate)', max_rate, low=min_rate, open_low=True
+    )
 
     def schedule(count: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         share = (learning_rate(count) - min_rate) / (max_rate - min_rate)

@@ -24,6 +24,7 @@ class VSAMState(NamedTuple):
         plan: bool array [K], which steps of the current window are sampled. All
             True during warm-up. The last update of a window already leaves the plan
             of the next window here, so that a host can read it before that starts.
+            False throughout where the rule decides from the gradient.
         budget: scalar in the statistics dtype, b; after warm-up ⌊b⌋ steps of a
             window are sampled. Where steps are sampled at random, the expected number.
         psf: the latest usable PSF (projection of the second-order gradient onto

@@ -7,7 +7,6 @@ an optax transformation; it knows none of them by name.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsam_jax import _checks, _collectives, _decision, _numerics
+from vsam_jax import _checks, _collectives, _decision, _numerics, _portions
 from vsam_jax import perturbation as perturbations
 from vsam_jax import reuse as reuses
 from vsam_jax._state import VSAMState
@@ -73,7 +72,7 @@ def sharpness_aware(
         >>> print(int(tx.init(jnp.ones(2)).plan.sum()))
         492
     """
-    if not callable(perturbation):
+    if not callable(perturbation) or isinstance(perturbation, type):
         raise TypeError(
             'perturbation must be a function of (grads, params, rho), such as'
             ' perturbation.l2_ascent, or a perturbation.StatefulPerturbation, got'
@@ -89,7 +88,7 @@ def sharpness_aware(
         stats_mask=_checks.mask('stats_mask', stats_mask),
         perturb_mask=_checks.mask('perturb_mask', perturb_mask),
         psf_dtype=_checks.floating_dtype('psf_dtype', psf_dtype),
-        share=share,
+        parts=None if share is None else _portions.parts_of(share, 'share'),
     )
     # optax types states as array trees, which a NamedTuple of arrays is.
     return optax.GradientTransformationExtraArgs(method.init, method.update)  # pyright: ignore[reportArgumentType]
@@ -121,7 +120,7 @@ class _Method:
     stats_mask: Mask | None
     perturb_mask: Mask | None
     psf_dtype: DTypeLike
-    share: float | None
+    parts: int | None
 
     def init(self, params: PyTree) -> VSAMState:
         """The state before the first update."""
@@ -130,12 +129,14 @@ class _Method:
         _checks.resolve_mask('perturb_mask', self.perturb_mask, params)
         dtype = _numerics.statistics_dtype(params)
         rule = self.sampling
+        _check_rule(rule)
         budget, rings = rule.init_budget(dtype), rule.init_rings(dtype)
         if rule.warmup_steps == 0:
             budget = rule.next_budget(budget, rings)
             plan = rule.plan(budget, jnp.zeros((), jnp.int32))
         else:
             plan = jnp.ones((rule.window,), jnp.bool_)
+        _check_plan(rule, plan)
         return VSAMState(
             step=jnp.zeros((), jnp.int32),
             # Windows start at step W; counted backwards they cover the warm-up.
@@ -178,6 +179,13 @@ class _Method:
             self._check_slice(psf_grad_fn, psf_share)
         second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
         _check_update(updates, state, params, second_fn, sample)
+        self._check_state(state)
+        if per_device and not getattr(self.perturbation, 'uses_gradient', True):
+            raise ValueError(
+                'per_device must be False for a perturbation that does not depend on'
+                ' the gradient of this step (asyncsam), got True: what it keeps is the'
+                ' mean over devices, so that ε is the same on all.'
+            )
         _collectives.check_told(axis_name, 'the gradient', updates, params)
         _collectives.check_own('updates', updates, axes)
         # From here on every number is the same on all devices, the plan too, but
@@ -227,11 +235,11 @@ class _Method:
         Returns:
             The state with these memories, and what says whether the step is sampled.
         """
-        decided = lambda: state.plan[state.position]
+        decided, rule = lambda: state.plan[state.position], self.sampling
         if state.perturbation_memory is not None:
             mask = _checks.resolve_mask('perturb_mask', self.perturb_mask, params)
             memory = perturbations.observe(
-                self.perturbation, grads, state.perturbation_memory, mask
+                self.perturbation, grads, params, state.perturbation_memory, mask
             )
             finite = jnp.isfinite(_numerics.wide_norm(grads))
             memory = _kept(finite, memory, state.perturbation_memory)
@@ -242,11 +250,11 @@ class _Method:
                 perturbations.select(grads, measured), state.budget.dtype
             )
             norm = jax.lax.stop_gradient(norm)
-            wanted, memory = self.sampling.decide(state.sampling_memory, norm)
+            wanted, memory = rule.decide(state.sampling_memory, norm)
             finite = jnp.isfinite(norm)
             memory = _kept(finite, memory, state.sampling_memory)
             state = state._replace(sampling_memory=memory)
-            decided = lambda: wanted & finite
+            decided = lambda: (wanted & finite) | (state.step < rule.warmup_steps)
         return state, decided
 
     def _two_passes(
@@ -403,15 +411,17 @@ class _Method:
         )
 
     def _check_slice(self, psf_grad_fn: GradFn | None, psf_share: float | None) -> None:
-        if self.share is not None:
-            if psf_share is None:
-                psf_share = 1 if psf_grad_fn is None else self.share
-            if psf_share != self.share:
+        if self.parts is not None:
+            parts = 1 if psf_grad_fn is None else self.parts
+            if psf_share is not None:
+                parts = _portions.parts_of(psf_share)
+            if parts != self.parts:
+                part = 'the whole' if parts == 1 else f'1/{parts} of the'
                 raise ValueError(
-                    f'The method has share={self.share:g}, but its second gradient is'
-                    f' taken of a share of {psf_share:g} of the mini-batch. By hand'
-                    ' give psf_grad_fn, the gradient of those examples; a builder'
-                    f' takes psf_share={self.share:g}.'
+                    f'The method has share=1/{self.parts}, but its second gradient is'
+                    f' taken of {part} mini-batch. By hand give psf_grad_fn, the'
+                    ' gradient of those examples; a builder takes'
+                    f' psf_share=1/{self.parts}.'
                 )
         if psf_grad_fn is not None and not self.reuse.takes_slices:
             raise ValueError(
@@ -421,13 +431,54 @@ class _Method:
                 ' out (psf_share=1), or take steady_vsam.'
             )
 
+    def _check_state(self, state: VSAMState) -> None:
+        stateful = isinstance(self.perturbation, perturbations.StatefulPerturbation)
+        found = state.perturbation_memory is not None, state.sampling_memory is not None
+        if found != (stateful, _decides(self.sampling)):
+            raise ValueError(
+                'state must be that of this method, got one with other memories: make'
+                ' it by tx.init(params) of the same optimizer.'
+            )
+
     def _stores(self, state: VSAMState) -> bool:
         return state.psf is not None
 
 
 def _kept(accepted: jax.Array, new: PyTree, older: PyTree) -> PyTree:
     """The new tree or, after a sample that cannot be used, the older one."""
-    return jax.tree.map(functools.partial(jnp.where, accepted), new, older)
+
+    def kept(x: jax.Array, old: jax.Array) -> jax.Array:
+        # Gradients may be wider than the parameters; the state keeps its types.
+        if jnp.issubdtype(old.dtype, jnp.floating):
+            x = x.astype(old.dtype)
+        return jnp.where(accepted, x, old)
+
+    return jax.tree.map(kept, new, older)
+
+
+def _decides(rule: SamplingRule) -> bool:
+    """Whether a rule decides from the gradient, without a plan."""
+    return type(rule).decide is not SamplingRule.decide
+
+
+def _check_rule(rule: SamplingRule) -> None:
+    """Raises for a sampling rule of somebody's own that cannot be meant."""
+    name = f'sampling ({type(rule).__name__})'
+    _checks.integer(f'window of {name}', getattr(rule, 'window', None), low=1)
+    if _decides(rule) and rule.init_memory(jnp.float32) is None:
+        raise ValueError(
+            f'{name} must have a method init_memory where it has decide, got none:'
+            ' return (), if nothing has to be kept.'
+        )
+
+
+def _check_plan(rule: SamplingRule, plan: jax.Array) -> None:
+    if jnp.shape(plan) != (rule.window,) or jnp.result_type(plan) != jnp.bool_:
+        raise ValueError(
+            f'plan of sampling ({type(rule).__name__}) must give a bool array'
+            f' [{rule.window}], one number for each step of its window, got'
+            f' {jnp.result_type(plan)} of shape {jnp.shape(plan)}.'
+        )
 
 
 class _Pass(NamedTuple):

@@ -6,6 +6,7 @@ of the SAM family differ in it by the geometry in which ε has the length ρ.
 
 import abc
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,16 +39,24 @@ class StatefulPerturbation(abc.ABC):
 
     The memory is a tree of arrays. It is updated with the gradient of every step,
     sampled or not; a gradient that is not finite leaves it as it is. Gradients come in
-    float32 or wider, at zero where ``perturb_mask`` is False.
+    float32 or wider, at zero where ``perturb_mask`` is False. Over several devices the
+    memory is that of the mean gradient; with ``per_device`` the gradient of this step
+    is each device's own.
+
+    Attributes:
+        uses_gradient: whether ε depends on the gradient of this step too. Where it does
+            not, ``per_device`` is refused.
     """
+
+    uses_gradient: bool = True
 
     @abc.abstractmethod
     def init(self, params: PyTree) -> PyTree:
         """The memory before the first step; ``params`` are in float32 or wider."""
 
     @abc.abstractmethod
-    def observe(self, grads: PyTree, memory: PyTree) -> PyTree:
-        """The memory after a step with the gradient ``grads``."""
+    def observe(self, grads: PyTree, params: PyTree, memory: PyTree) -> PyTree:
+        """The memory after a step with the gradient ``grads`` at ``params``."""
 
     @abc.abstractmethod
     def __call__(
@@ -58,6 +67,9 @@ class StatefulPerturbation(abc.ABC):
 
 Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree] | StatefulPerturbation
 
+_NORM = re.compile(
+    r'(^|[^a-z])(batch|layer|group|instance|rms)?_?(norm|bn|ln)([^a-z]|$)'
+)
 # Keeps ε finite at ‖g‖ = 0; the reference implementation's value.
 _NORM_FLOOR = 1e-12
 
@@ -187,8 +199,10 @@ class Along(StatefulPerturbation):
     The transformation sees the gradient of every step.
 
     Attributes:
-        transformation: any optax transformation of gradients.
+        transformation: an optax transformation of gradients. What it gives for tensors
+            outside ``perturb_mask``, whose gradient is zero there, counts in the norm.
         perturbation: makes ε of what comes out of it.
+        uses_gradient: whether the gradient of this step is part of that.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsam_jax
@@ -204,12 +218,21 @@ class Along(StatefulPerturbation):
 
     transformation: optax.GradientTransformation
     perturbation: Callable[[PyTree, PyTree, jax.Array], PyTree] = l2_ascent
+    uses_gradient: bool = True
+
+    def __post_init__(self):
+        _checks.instance(
+            'transformation',
+            self.transformation,
+            optax.GradientTransformation,
+            'perturbation.running_mean(0.4)',
+        )
 
     def init(self, params: PyTree) -> PyTree:
         return self.transformation.init(params)
 
-    def observe(self, grads: PyTree, memory: PyTree) -> PyTree:
-        return self.transformation.update(grads, memory)[1]
+    def observe(self, grads: PyTree, params: PyTree, memory: PyTree) -> PyTree:
+        return self.transformation.update(grads, memory, params)[1]
 
     def __call__(
         self, grads: PyTree, params: PyTree, rho: jax.Array, memory: PyTree
@@ -328,7 +351,9 @@ def normalization_layers(params: PyTree) -> PyTree:
     """A mask of the parameters of normalization layers: SAM-ON's ``perturb_mask``.
 
     A layer counts as one if it has a parameter called ``scale``, as those of Flax have,
-    or if its name contains ``norm`` or begins with ``bn``, in any case of letters.
+    or if its name is one of a normalization: ``norm``, ``bn`` or ``ln``, also after
+    ``Batch``, ``Layer``, ``Group``, ``Instance`` or ``RMS``, with numbers or other
+    words beside it (``norm1``, ``bn_2``, ``LayerNorm_0``; not ``normal``).
 
     Args:
         params: a tree with names (of dicts, of attributes, of ``nnx.state``).
@@ -354,7 +379,7 @@ def normalization_layers(params: PyTree) -> PyTree:
     def is_normalization(path: tuple[Any, ...], _: Any) -> bool:
         *layer, _ = _names(path) or ('',)
         name = layer[-1].lower() if layer else ''
-        return tuple(layer) in scaled or 'norm' in name or name.startswith('bn')
+        return bool(layer) and (tuple(layer) in scaled or bool(_NORM.search(name)))
 
     return jax.tree_util.tree_map_with_path(is_normalization, params)
 
@@ -436,12 +461,17 @@ def init(perturbation: Perturbation, params: PyTree) -> PyTree:
 
 
 def observe(
-    perturbation: Perturbation, grads: PyTree, memory: PyTree, mask: PyTree | None
+    perturbation: Perturbation,
+    grads: PyTree,
+    params: PyTree,
+    memory: PyTree,
+    mask: PyTree | None,
 ) -> PyTree:
     """The memory of a perturbation after a step with this gradient."""
     assert isinstance(perturbation, StatefulPerturbation)
     wide = jax.tree.map(_numerics.widen, grads)
-    return perturbation.observe(wide if mask is None else _picked(wide, mask), memory)
+    picked = wide if mask is None else _picked(wide, mask)
+    return perturbation.observe(picked, params, memory)
 
 
 def _picked(grads: PyTree, mask: PyTree) -> PyTree:

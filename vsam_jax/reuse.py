@@ -184,7 +184,7 @@ class Difference(ReuseRule):
     """
 
     @abc.abstractmethod
-    def weight(self, age: jax.Array, norms: SampleNorms) -> jax.Array:
+    def weight(self, age: jax.Array, norms: SampleNorms) -> jax.Array | float:
         """The weight of a PSF that is ``age`` steps old, a scalar."""
 
     def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
@@ -200,7 +200,7 @@ class Difference(ReuseRule):
         self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
         dtype = _numerics.statistics_dtype(grads)
-        return memory, (self.weight(age, norms).astype(dtype),)
+        return memory, (jnp.asarray(self.weight(age, norms), dtype),)
 
     def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:
         (weight,) = weights
@@ -363,7 +363,10 @@ class Combination(ReuseRule):
         self, grads: PyTree, sam_grads: PyTree, memory: PyTree
     ) -> tuple[PyTree, Weights]:
         del memory
-        return self.combine(grads, sam_grads), ()
+        combined = self.combine(grads, sam_grads)
+        name = f'the result of {type(self).__name__}.combine'
+        _checks.same_tree(name, combined, 'the gradient', grads, dtypes=True)
+        return combined, ()
 
     def recall(
         self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
@@ -413,8 +416,8 @@ class SurrogateGap(Combination):
     .. math:: \text{direction} = g_\text{SAM} - α \, g_⊥, \quad
       g_⊥ = g - \frac{⟨g, g_\text{SAM}⟩}{‖g_\text{SAM}‖^2} \, g_\text{SAM}
 
-    That descends the loss at w + ε, and raises L(w) at the expense of the surrogate
-    gap L(w + ε) − L(w) alone.
+    That descends the loss at w + ε. Along g_⊥ it climbs L(w), which to first order
+    leaves L(w + ε) as it is and so narrows the surrogate gap L(w + ε) − L(w).
 
     Attributes:
         alpha: α >= 0; 0 is SAM.

@@ -394,7 +394,8 @@ class ByGradientNorm(SamplingRule):
         lambda1: λ₁.
         lambda2: λ₂.
         initial_mean: μ before the first step.
-        initial_variance: σ² before the first step.
+        initial_variance: σ² before the first step. Zero makes the decisions independent
+            of the gradient's scale.
 
     References:
         Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization
@@ -420,7 +421,7 @@ class ByGradientNorm(SamplingRule):
     lambda1: float = -1.0
     lambda2: float = 1.0
     initial_mean: float = 0.0
-    initial_variance: float = math.exp(-10)
+    initial_variance: float = 0.0
     window: int = dataclasses.field(default=1, init=False, repr=False)
 
     def __post_init__(self):
@@ -428,7 +429,7 @@ class ByGradientNorm(SamplingRule):
         _checks.assign(
             self,
             steps=_checks.integer('steps', self.steps, low=1, high=2**31 - 2),
-            delta=real('delta', high=1.0),
+            delta=real('delta', high=1.0, open_high=True),
             lambda1=real('lambda1', low=-math.inf),
             lambda2=real('lambda2', low=-math.inf),
             initial_mean=real('initial_mean'),

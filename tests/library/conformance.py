@@ -221,9 +221,10 @@ def largest_difference(name: str) -> float:
 PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'conformance.md'
 TEXT = """# Conformance
 
-Each method is held to runs that a program of its authors recorded in float64: this
-library makes the run again, with the same data, initial parameters and settings, and
-the parameters are compared after steps 1, 2, 3, 6, 11, 21, 41 and 60. The records
+Methods are held to runs of 60 steps that programs of their authors recorded in
+float64, or, where none was found, programs that others wrote (*made by* says which):
+this library makes the run again, with the same data, initial parameters and settings,
+and the parameters are compared after steps 1, 2, 3, 6, 11, 21, 41 and 60. The records
 stand in `tests/library/golden/`; its README says how they were made. `make test`
 compares them all.
 
@@ -246,6 +247,10 @@ the following.
   rate from the first step on.
 - **MSAM**: with a schedule of ρ the program takes the old perturbation back with the
   new ρ, so that parameters drift. Here what was added is taken back.
+- **MSAM after AdamW**: the authors' variant goes along the mean of the gradients and
+  decays the unperturbed weights; here ε follows the whole update of the base optimizer.
+- `vsam` has a record of its own (`vsam_k10`, in `test_golden.py`); `steady_vsam` and
+  `lean_sam` are this library's.
 - **WSAM**: the decoupled form keeps the sharpness out of the base optimizer's
   momentum; links of an optax chain share no state, so it is not offered.
 - **ESAM** is no optax transformation (it selects examples); the trainer in

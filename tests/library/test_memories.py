@@ -1,5 +1,7 @@
 """Rules with a memory of their own, updated on every step, sampled or not."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,7 +246,7 @@ def test_gamma_one_half_is_sam_and_alpha_zero_is_sam():
 
 
 def test_gamma_one_would_leave_nothing_of_the_gradient():
-    with pytest.raises(ValueError, match='gamma must be below 1'):
+    with pytest.raises(ValueError, match=r'gamma must be a number in \[0, 1\), got 1'):
         vsam_jax.wsam(gamma=1.0)
 
 
@@ -279,8 +281,8 @@ def test_the_radius_follows_the_learning_rate_within_its_bounds():
     ('settings', 'error', 'match'),
     [
         ({'learning_rate': 0.1}, TypeError, 'learning_rate must be a schedule'),
-        ({'max_rho': 0.05}, ValueError, 'max_rho must be'),
-        ({'max_rate': 0.0}, ValueError, 'max_rate must be'),
+        ({'max_rho': 0.05}, ValueError, r'max_rho \(from min_rho on\) must be'),
+        ({'max_rate': 0.0}, ValueError, r'max_rate \(above min_rate\) must be'),
     ],
 )
 def test_bounds_out_of_order_are_named(settings, error, match):
@@ -292,3 +294,157 @@ def test_bounds_out_of_order_are_named(settings, error, match):
     }
     with pytest.raises(error, match=match):
         vsam_jax.rho_schedule(**(given | settings))
+
+
+# --- Rules of one's own -------------------------------------------------------
+
+
+class Plan(sampling.SamplingRule):
+    window = 10
+
+    def __init__(self, plan=None, **settings):
+        self.made = plan
+        vars(self).update(settings)
+
+    def plan(self, budget, window_index) -> Any:
+        return self.made
+
+
+class Decides(sampling.SamplingRule):
+    window = 1
+    warmup_steps = 2
+
+    def decide(self, memory, grad_norm):
+        return grad_norm > 100, memory
+
+
+class DecidesWithMemory(Decides):
+    def init_memory(self, dtype):
+        return ()
+
+
+@pytest.mark.parametrize(
+    ('rule', 'match'),
+    [
+        (
+            Plan(jnp.ones(5, bool)),
+            r'plan of sampling \(Plan\) .* \[10\].* shape \(5,\)',
+        ),
+        (Plan(jnp.array(True)), r'plan of sampling \(Plan\) must give a bool array'),
+        (Plan(jnp.ones(10)), r'got float32 of shape \(10,\)'),
+        (Plan(window=0), r'window of sampling \(Plan\) must be'),
+        (Decides(), r'must have a method init_memory where it has decide'),
+    ],
+)
+def test_a_rule_that_cannot_be_meant_is_named_before_the_first_step(rule, match):
+    tx = vsam_jax.sharpness_aware(
+        perturbation.l2_ascent, rule, reuse.NoReuse(), rho=0.1
+    )
+    with pytest.raises(ValueError, match=match):
+        tx.init(jnp.ones(2))
+
+
+def test_warm_up_steps_are_sampled_whatever_a_rule_decides():
+    tx = vsam_jax.sharpness_aware(
+        perturbation.l2_ascent, DecidesWithMemory(), reuse.NoReuse(), rho=0.1
+    )
+    assert ae_run(tx, [1, 1, 1, 101])[0] == [True, True, False, True]
+
+
+def test_a_weight_may_be_a_python_number():
+    class Half(reuse.Difference):
+        def weight(self, age, norms):
+            return 0.5
+
+    tx = vsam_jax.sharpness_aware(
+        perturbation.l2_ascent, sampling.Periodic(2), Half(), rho=0.1
+    )
+    w = jnp.ones(())
+    state = tx.init(w)
+    for expected in (1.1, 1.05):
+        direction, state = tx.update(w, state, w, grad_fn=lambda p: p)
+        np.testing.assert_allclose(direction, expected, rtol=1e-6)
+
+
+def test_a_direction_of_another_dtype_is_named():
+    class Wide(reuse.Combination):
+        def combine(self, grads, sam_grads):
+            return sam_grads.astype(jnp.float32)
+
+    tx = vsam_jax.sharpness_aware(
+        perturbation.l2_ascent, sampling.Periodic(1), Wide(), rho=0.1
+    )
+    w = jnp.ones(2, jnp.bfloat16)
+    with pytest.raises(TypeError, match=r'result of Wide\.combine'):
+        tx.update(w, tx.init(w), w, grad_fn=lambda p: p)
+
+
+@pytest.mark.parametrize(
+    'wrong', [perturbation.Along, perturbation.running_mean(0.5), 'l2']
+)
+def test_what_is_no_perturbation_is_named(wrong):
+    with pytest.raises(TypeError, match='perturbation must be a function'):
+        vsam_jax.sharpness_aware(wrong, sampling.Periodic(1), reuse.NoReuse(), 0.1)
+
+
+def test_what_is_no_transformation_is_named():
+    with pytest.raises(TypeError, match='transformation must be'):
+        perturbation.Along(perturbation.running_mean)
+
+
+def test_a_transformation_may_want_the_parameters():
+    tx = sparse(perturbation.Along(optax.add_decayed_weights(1.0)))
+    w, seen = jnp.array([3.0, 4.0]), []
+    tx.update(jnp.zeros(2), tx.init(w), w, grad_fn=lambda p: seen.append(p) or p)
+    np.testing.assert_allclose(seen[0], w * (1 + 0.1 / 5), rtol=1e-6)
+
+
+@pytest.mark.parametrize('first', ['sam', 'fsam', 'aesam'])
+@pytest.mark.parametrize('second', ['sam', 'fsam', 'aesam'])
+def test_the_state_of_another_method_is_named(first, second):
+    w = jnp.ones(2)
+    state = problems.METHODS[first](0.1).init(w)
+    update = lambda: problems.METHODS[second](0.1).update(
+        w, state, w, grad_fn=lambda p: p
+    )
+    if first == second:
+        update()
+        return
+    with pytest.raises(ValueError, match='state must be that of this method'):
+        update()
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('name', ['fsam', 'vasso', 'asyncsam', 'aesam'])
+def test_gradients_wider_than_the_parameters_change_no_types(name):
+    tx, w = problems.METHODS[name](0.1), jnp.ones(3, jnp.float32)
+
+    def body(state, g):
+        _, state = tx.update(g, state, w, grad_fn=lambda p: g)
+        return state, None
+
+    jax.lax.scan(body, tx.init(w), jnp.ones((3, 3), jnp.float64))
+
+
+def test_a_perturbation_of_the_step_before_is_none_of_each_device():
+    tx, w = vsam_jax.asyncsam(0.1), jnp.ones(2)
+    with pytest.raises(ValueError, match=r'per_device must be False.*asyncsam'):
+        jax.vmap(
+            lambda g: tx.update(
+                g,
+                tx.init(w),
+                w,
+                grad_fn=lambda p: p,
+                axis_name='data',
+                per_device=True,
+            ),
+            axis_name='data',
+        )(jnp.ones((2, 2)))
+
+
+def test_names_that_only_sound_like_a_normalization_are_none():
+    tree = {'normal_head': {'w': 1.0}, 'denormalize': {'w': 1.0}, 'kernel': 1.0}
+    mask = perturbation.normalization_layers({**tree, 'scale': 1.0})
+    assert not any(jax.tree.leaves(mask))
+    tree = {name: {'w': 1.0} for name in ('norm1', 'LayerNorm_0', 'bn_2', 'post_ln')}
+    assert all(jax.tree.leaves(perturbation.normalization_layers(tree)))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import vsam_jax
 from tests import problems
@@ -76,14 +77,55 @@ def test_it_goes_through_every_driver_and_wrapper():
     problems.assert_close(shown, vsam_jax.msam_eval_params(reference[1], params), 1e-6)
 
 
-def test_after_an_update_of_zero_the_parameters_are_the_plain_ones():
-    tx = vsam_jax.msam(0.5)
+def test_an_update_of_zero_leaves_the_perturbation_as_it_is():
+    """One comes from optax.MultiSteps, from a warm-up and from a skipped step."""
+    half = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    tx = optax.chain(half, vsam_jax.msam(0.5))
     w = jnp.array([3.0, 4.0])
-    updates, state = tx.update(w, tx.init(w))
-    moved = w + updates
-    updates, state = tx.update(jnp.zeros(2), state)
-    np.testing.assert_allclose(moved + updates, 2 * w, rtol=1e-6)
-    problems.assert_equal(state.offset, jnp.zeros(2))
+    state, lengths = tx.init(w), []
+    for _ in range(5):
+        updates, state = tx.update(w, state, w)
+        w = optax.apply_updates(w, updates)
+        offset = w - vsam_jax.msam_eval_params(state, w)
+        lengths.append(float(jnp.linalg.norm(offset)))
+    np.testing.assert_allclose(lengths, [0, 0.5, 0.5, 0.5, 0.5], atol=1e-5)
+
+
+def test_updates_of_a_small_dtype_do_not_make_float32_parameters_drift():
+    tx, plain = optax.chain(optax.sgd(0.1), vsam_jax.msam(0.3)), optax.sgd(0.1)
+    w = v = jnp.ones(1000)
+    state, base = tx.init(w), plain.init(v)
+    for key in jax.random.split(jax.random.key(0), 50):
+        g = jax.random.normal(key, (1000,)).astype(jnp.bfloat16)
+        updates, state = tx.update(g, state, w)
+        w = optax.apply_updates(w, updates)
+        updates, base = plain.update(g, base, v)
+        v = optax.apply_updates(v, updates)
+    np.testing.assert_allclose(vsam_jax.msam_eval_params(state, w), v, atol=1e-4)
+
+
+def test_it_works_for_a_model_of_nnx():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    tx = optax.chain(optax.sgd(0.1), vsam_jax.msam(0.3))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = nnx.as_pure(nnx.state(model, nnx.Param))
+    grads = nnx.grad(lambda m: jnp.sum(m(jnp.ones((4, 2))) ** 2))(model)
+    optimizer.update(model, grads)
+    shown = vsam_jax.msam_eval_params(optimizer, nnx.state(model, nnx.Param))
+    expected = optax.tree.add_scale(before, -0.1, nnx.as_pure(grads))
+    problems.assert_close(nnx.as_pure(shown), expected, 1e-6)
+
+
+def test_masked_tensors_are_left_alone():
+    tx = optax.chain(
+        optax.sgd(0.1), optax.masked(vsam_jax.msam(0.5), {'a': True, 'b': False})
+    )
+    w = {'a': jnp.array([3.0, 4.0]), 'b': jnp.array([1.0])}
+    updates, state = tx.update(w, tx.init(w), w)
+    w = optax.apply_updates(w, updates)
+    shown = vsam_jax.msam_eval_params(state, w)
+    problems.assert_equal(shown['b'], w['b'])
+    np.testing.assert_allclose(jnp.linalg.norm(w['a'] - shown['a']), 0.5, rtol=1e-5)
 
 
 def test_a_schedule_of_the_radius_takes_the_old_offset_back_whole():

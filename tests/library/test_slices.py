@@ -400,9 +400,9 @@ def test_a_builder_of_another_share_is_named(framework, monkeypatch):
     lean = lambda name: optax.chain(vsam_jax.lean_sam(0.1), optax.sgd(0.1))
     monkeypatch.setattr('tests.library.built_runs.optimizer', lean)
     for settings in ({}, {'psf_share': 1 / 4}):
-        share = settings.get('psf_share', 1)
+        part = '1/4 of the' if settings else 'the whole'
         with pytest.raises(
-            ValueError, match=rf'share=0\.125.*share of {share:g} .*psf_share=0\.125'
+            ValueError, match=f'share=1/8.* taken of {part} mini-batch.*psf_share=1/8'
         ):
             framework('', batches(), planned=False, scaled=False, **settings)
     framework('', batches()[:1], planned=False, scaled=False, psf_share=1 / 8)

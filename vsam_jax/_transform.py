@@ -179,13 +179,7 @@ class _Method:
             self._check_slice(psf_grad_fn, psf_share)
         second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
         _check_update(updates, state, params, second_fn, sample)
-        self._check_state(state)
-        if per_device and not getattr(self.perturbation, 'uses_gradient', True):
-            raise ValueError(
-                'per_device must be False for a perturbation that does not depend on'
-                ' the gradient of this step (asyncsam), got True: what it keeps is the'
-                ' mean over devices, so that ε is the same on all.'
-            )
+        self._check_memories(state, per_device)
         _collectives.check_told(axis_name, 'the gradient', updates, params)
         _collectives.check_own('updates', updates, axes)
         # From here on every number is the same on all devices, the plan too, but
@@ -431,13 +425,19 @@ class _Method:
                 ' out (psf_share=1), or take steady_vsam.'
             )
 
-    def _check_state(self, state: VSAMState) -> None:
+    def _check_memories(self, state: VSAMState, per_device: bool) -> None:
         stateful = isinstance(self.perturbation, perturbations.StatefulPerturbation)
         found = state.perturbation_memory is not None, state.sampling_memory is not None
         if found != (stateful, _decides(self.sampling)):
             raise ValueError(
                 'state must be that of this method, got one with other memories: make'
                 ' it by tx.init(params) of the same optimizer.'
+            )
+        if per_device and not getattr(self.perturbation, 'uses_gradient', True):
+            raise ValueError(
+                'per_device must be False for a perturbation that does not depend on'
+                ' the gradient of this step (asyncsam), got True: what it keeps is the'
+                ' mean over devices, so that ε is the same on all.'
             )
 
     def _stores(self, state: VSAMState) -> bool:

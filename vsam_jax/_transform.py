@@ -192,11 +192,10 @@ class _Method:
         def sampled() -> _Outcome:
             assert second_fn is not None
             own = _collectives.own_copy(params, axes)
-            first = _Pass(value, updates)
-            if psf_grad_fn is not None:
-                first = _pass_of(psf_grad_fn, updates, own)
+            is_slice, first = psf_grad_fn is not None, _Pass(value, updates)
+            if is_slice:
+                first = _pass_of(second_fn, updates, own)
             two = self._two_passes(first, second_fn, own, before, axes, per_device)
-            is_slice = psf_grad_fn is not None
             return self._accept(grads, two, state, params, sample, is_slice)
 
         def unsampled() -> _Outcome:

@@ -50,8 +50,9 @@ $(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 demo: .venv-demo/.ready ## the main job: SGD, SAM, vSAM and steady vSAM on noisy digits; results in demo/
 	$(DEMO)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=demo
 
-check: lint types .venv-test/.ready ## lint, types, tests and doctests of the library, without subprocesses
-	$(TEST)/python -m pytest -n $(JOBS) --dist worksteal -m 'not slow and not subprocess' \
+check: lint types .venv-test/.ready ## lint, types, tests of the library: one method of each kind, no subprocesses
+	$(TEST)/python -m pytest -n $(JOBS) --dist worksteal \
+	  -m 'not slow and not subprocess and not more_methods' \
 	  vsam_jax tests/library tests/test_layout.py
 
 test: lint types pytest wheel ## everything below but test-slow and bench

@@ -42,6 +42,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('default')
 
 
+@pytest.hookimpl(tryfirst=True)  # Before tests are picked by their markers.
+def pytest_collection_modifyitems(items):
+    """Marks the tests of a method that are those of another one of its kind again."""
+    from tests import problems  # After the settings above.
+
+    more = {name for name in problems.METHODS if name not in problems.KINDS}
+    for item in items:
+        params = getattr(item, 'callspec', None)
+        if params and more & {x for x in params.params.values() if isinstance(x, str)}:
+            item.add_marker('more_methods')
+
+
 @pytest.fixture
 def x64():
     """Runs a test in 64-bit mode."""

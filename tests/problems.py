@@ -54,6 +54,8 @@ METHODS = {
     ),
 }
 
+# One of each kind; `make check` runs these, `make test` all.
+KINDS = ('vsam', 'steady_vsam', 'sam', 'asam', 'looksam', 'fsam', 'aesam')
 # Those with a plan; the others decide from the gradient, so that nobody can plan them.
 PLANNED = {name: method for name, method in METHODS.items() if name != 'aesam'}
 # Those that take a second gradient on every step.

@@ -1,14 +1,17 @@
 r"""The methods with a name: each one choice of where, when and how.
 
-========== ===================== ================= =========================
-method     where (perturbation)  when (sampling)   how (reuse)
-========== ===================== ================= =========================
-``vsam``   ball of radius ρ      by variation      decayed difference
-``steady_vsam`` ball of radius ρ every k steps     difference, noise limited
-``sam``    ball of radius ρ      every step        not at all
-``asam``   scaled by |w|         every step        not at all
-``looksam`` ball of radius ρ     every k steps     rescaled orthogonal part
-========== ===================== ================= =========================
+=============== ======================= ============= =========================
+method          where (perturbation)    when          how (reuse)
+=============== ======================= ============= =========================
+``vsam``        ball of radius ρ        by variation  decayed difference
+``steady_vsam`` ball of radius ρ        every k steps difference, noise limited
+``lean_sam``    of a share of examples  every k steps difference, noise limited
+``sam``         ball of radius ρ        every step    not at all
+``asam``        scaled by |w|           every step    not at all
+``looksam``     ball of radius ρ        every k steps rescaled orthogonal part
+=============== ======================= ============= =========================
+
+The others: :mod:`vsam_jax._family`.
 """
 
 from typing import Any

@@ -520,7 +520,7 @@ def every_step(
     perturb: perturbation.Perturbation,
     rule: reuse.ReuseRule,
     rho: Radius,
-    perturb_mask: Mask | None,
+    perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """A method that takes a second gradient on every step."""
     return sharpness_aware(

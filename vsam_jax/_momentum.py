@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from vsam_jax import _checks, _numerics
+from vsam_jax._state import states_in
 from vsam_jax._types import PyTree, Radius
 
 
@@ -126,8 +127,7 @@ def msam_eval_params(state: Any, params: PyTree) -> PyTree:
     Raises:
         ValueError: if ``state`` holds none or several, or one of other parameters.
     """
-    is_state = lambda node: isinstance(node, MSAMState)
-    found = list(filter(is_state, jax.tree.leaves(state, is_leaf=is_state)))
+    found = states_in(state, MSAMState)
     if len(found) != 1:
         raise ValueError(
             'state must hold exactly one MSAMState, that of the optimizer with'

@@ -72,9 +72,10 @@ def is_state(node: Any) -> bool:
     return isinstance(node, VSAMState)
 
 
-def states_in(tree: Any) -> list[VSAMState]:
-    """All of them inside any state, none or more."""
-    return list(filter(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
+def states_in(tree: Any, kind: Any = VSAMState) -> list[Any]:
+    """All states of a kind inside any state, none or more."""
+    is_kind = lambda node: isinstance(node, kind)
+    return list(filter(is_kind, jax.tree.leaves(tree, is_leaf=is_kind)))
 
 
 def only_state(tree: Any) -> VSAMState:
@@ -101,6 +102,5 @@ def only_state(tree: Any) -> VSAMState:
 
 def is_accumulated(tree: Any) -> bool:
     """Whether ``optax.MultiSteps`` stands around a method, inside any state."""
-    is_wrapper = lambda node: isinstance(node, optax.MultiStepsState)
-    wrappers = filter(is_wrapper, jax.tree.leaves(tree, is_leaf=is_wrapper))
+    wrappers = states_in(tree, optax.MultiStepsState)
     return any(states_in(wrapper.inner_opt_state) for wrapper in wrappers)

@@ -133,10 +133,9 @@ class _Method:
         budget, rings = rule.init_budget(dtype), rule.init_rings(dtype)
         if rule.warmup_steps == 0:
             budget = rule.next_budget(budget, rings)
-            plan = rule.plan(budget, jnp.zeros((), jnp.int32))
+            plan = _plan(rule, budget, jnp.zeros((), jnp.int32))
         else:
             plan = jnp.ones((rule.window,), jnp.bool_)
-        _check_plan(rule, plan)
         return VSAMState(
             step=jnp.zeros((), jnp.int32),
             # Windows start at step W; counted backwards they cover the warm-up.
@@ -238,11 +237,7 @@ class _Method:
             memory = _kept(finite, memory, state.perturbation_memory)
             state = state._replace(perturbation_memory=memory)
         if state.sampling_memory is not None:
-            measured = _checks.resolve_mask('stats_mask', self.stats_mask, params)
-            norm = _numerics.wide_norm(
-                perturbations.select(grads, measured), state.budget.dtype
-            )
-            norm = jax.lax.stop_gradient(norm)
+            norm = jax.lax.stop_gradient(self._norm(params, state)(grads))
             wanted, memory = rule.decide(state.sampling_memory, norm)
             finite = jnp.isfinite(norm)
             memory = _kept(finite, memory, state.sampling_memory)
@@ -319,10 +314,7 @@ class _Method:
                 lambda g, s: _numerics.add_scaled(g, 1, s), grads, psf
             )
         memory, weights = self.reuse.remember(first, second, state.psf)
-        measured = _checks.resolve_mask('stats_mask', self.stats_mask, params)
-        norm = lambda tree: _numerics.wide_norm(
-            perturbations.select(tree, measured), dtype
-        )
+        norm = self._norm(params, state)
         grad_norm, psf_norm = norm(grads), norm(psf)
         own_norm = norm(two.grads) if is_slice else grad_norm
         # The norm of the memory sees tensors that stats_mask leaves out, and
@@ -383,7 +375,7 @@ class _Method:
         position = (state.position + 1) % rule.window
         starts = (position == 0) & (step >= rule.warmup_steps)
         budget = rule.next_budget(state.budget, outcome.rings)
-        plan = rule.plan(budget, (step - rule.warmup_steps) // rule.window)
+        plan = _plan(rule, budget, (step - rule.warmup_steps) // rule.window)
         rejected = taken & ~accepted
         return VSAMState(
             step=step,
@@ -401,6 +393,13 @@ class _Method:
             num_rejected=state.num_rejected + rejected.astype(jnp.int32),
             perturbation_memory=state.perturbation_memory,
             sampling_memory=state.sampling_memory,
+        )
+
+    def _norm(self, params: PyTree, state: VSAMState) -> Callable[[PyTree], jax.Array]:
+        """The norm of the statistics, over the tensors of ``stats_mask``."""
+        measured = _checks.resolve_mask('stats_mask', self.stats_mask, params)
+        return lambda tree: _numerics.wide_norm(
+            perturbations.select(tree, measured), state.budget.dtype
         )
 
     def _check_slice(self, psf_grad_fn: GradFn | None, psf_share: float | None) -> None:
@@ -471,13 +470,16 @@ def _check_rule(rule: SamplingRule) -> None:
         )
 
 
-def _check_plan(rule: SamplingRule, plan: jax.Array) -> None:
+def _plan(rule: SamplingRule, budget: jax.Array, window_index: jax.Array) -> jax.Array:
+    """The plan of a window; raises if it is none."""
+    plan = rule.plan(budget, window_index)
     if jnp.shape(plan) != (rule.window,) or jnp.result_type(plan) != jnp.bool_:
         raise ValueError(
             f'plan of sampling ({type(rule).__name__}) must give a bool array'
             f' [{rule.window}], one number for each step of its window, got'
             f' {jnp.result_type(plan)} of shape {jnp.shape(plan)}.'
         )
+    return plan
 
 
 class _Pass(NamedTuple):

@@ -21,6 +21,7 @@ import optax
 import vsam_jax
 from tests import problems
 from vsam_jax import perturbation, reuse, sampling
+from vsam_jax._methods import every_step
 
 FOLDER = problems.GOLDEN / 'authors'
 
@@ -40,14 +41,6 @@ class Case:
     make: Callable[[dict[str, Any], dict[str, np.ndarray]], Any]
     is_last: bool = False
     tolerance: float = 1e-10
-
-
-def _sam(perturb: Any, rule: Any = None) -> Any:
-    """A method with a second gradient on every step."""
-    rule = rule or reuse.NoReuse()
-    return lambda rho: vsam_jax.sharpness_aware(
-        perturb, sampling.Periodic(1), rule, rho
-    )
 
 
 def _recorded(data: dict[str, np.ndarray], name: str, otherwise: Any) -> Any:
@@ -73,17 +66,20 @@ CASES = {
     'gsam': Case('`gsam`', lambda m, _: vsam_jax.gsam(m['rho'], m['alpha'])),
     'gsam_3': Case(
         '`SurrogateGap` with `elementwise_ascent` and a schedule of ρ',
-        lambda m, data: _sam(
-            perturbation.elementwise_ascent(), reuse.SurrogateGap(m['alpha'])
-        )(_recorded(data, 'rho', None)),
+        lambda m, data: every_step(
+            perturbation.elementwise_ascent(),
+            reuse.SurrogateGap(m['alpha']),
+            _recorded(data, 'rho', None),
+        ),
     ),
     'wsam_2': Case('`wsam`', lambda m, _: vsam_jax.wsam(m['rho'], m['gamma'])),
     'wsam_4': Case(
         '`Amplified` with `elementwise_ascent`',
-        lambda m, _: _sam(
+        lambda m, _: every_step(
             perturbation.elementwise_ascent(),
             reuse.Amplified(m['gamma'] / (1 - m['gamma'])),
-        )(m['rho']),
+            m['rho'],
+        ),
     ),
     'fsam': Case(
         '`fsam`', lambda m, _: vsam_jax.fsam(m['rho'], m['sigma'], m['lmbda'])
@@ -111,17 +107,19 @@ CASES = {
     ),
     'ssam': Case(
         '`Renormalized`',
-        lambda m, _: _sam(perturbation.l2_ascent, reuse.Renormalized())(m['rho']),
+        lambda m, _: every_step(perturbation.l2_ascent, reuse.Renormalized(), m['rho']),
     ),
     'ssam_2': Case(
         '`Renormalized` with `unified_ascent(0)`',
-        lambda m, _: _sam(perturbation.unified_ascent(0.0), reuse.Renormalized())(
-            m['rho']
+        lambda m, _: every_step(
+            perturbation.unified_ascent(0.0), reuse.Renormalized(), m['rho']
         ),
     ),
     'unified': Case(
         '`unified_ascent`',
-        lambda m, _: _sam(perturbation.unified_ascent(m['lambd']))(m['rho']),
+        lambda m, _: every_step(
+            perturbation.unified_ascent(m['lambd']), reuse.NoReuse(), m['rho']
+        ),
     ),
     'samon': Case(
         '`sam(perturb_mask=normalization_layers)`',

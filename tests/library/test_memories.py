@@ -344,6 +344,16 @@ def test_a_rule_that_cannot_be_meant_is_named_before_the_first_step(rule, match)
         tx.init(jnp.ones(2))
 
 
+def test_a_plan_that_is_none_is_named_after_a_warm_up_too():
+    rule = Plan(jnp.ones(5, bool), warmup_steps=3)
+    tx = vsam_jax.sharpness_aware(
+        perturbation.l2_ascent, rule, reuse.NoReuse(), rho=0.1
+    )
+    w = jnp.ones(2)
+    with pytest.raises(ValueError, match=r'plan of sampling .* shape \(5,\)'):
+        tx.update(w, tx.init(w), w, grad_fn=lambda p: p)
+
+
 def test_warm_up_steps_are_sampled_whatever_a_rule_decides():
     tx = vsam_jax.sharpness_aware(
         perturbation.l2_ascent, DecidesWithMemory(), reuse.NoReuse(), rho=0.1

@@ -11,6 +11,8 @@ OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.12
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
+# What is never imported need not be compiled.
+PIP := --quiet --disable-pip-version-check --no-compile
 # Environments for several accelerators stand side by side.
 BENCH_ENV := .venv-bench$(ACCELERATOR:%=-%)
 PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
@@ -44,7 +46,7 @@ $(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else \
 	  "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
+	$(@D)/bin/python -m pip install $(PIP) --editable '.[$(EXTRA)]'
 	@touch $@
 
 demo: .venv-demo/.ready ## the main job: SGD, SAM, vSAM and steady vSAM on noisy digits; results in demo/
@@ -83,7 +85,7 @@ test-oldest test-newest: test-%: pyproject.toml tests/versions/%.txt
 	@$(VERSION_PYTHON) --version || { echo "$@: $(VERSION_PYTHON) is missing or does not start;" \
 	  "name another: make $@ $(if $(findstring old,$@),OLDEST,NEWEST)_PYTHON=..." >&2; exit 1; }
 	$(VERSION_PYTHON) -m venv --clear .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+	.venv-$*/bin/python -m pip install $(PIP) \
 	  --constraint tests/versions/$*.txt --editable '.[dev]'
 	.venv-$*/bin/python -m pytest -n $(JOBS) --dist worksteal
 
@@ -91,7 +93,7 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 	rm -rf build/wheel
 	$(TEST)/python -m build --wheel --outdir build/wheel . > /dev/null
 	$(PYTHON) -m venv --clear build/wheel/env
-	build/wheel/env/bin/python -m pip install --quiet --disable-pip-version-check build/wheel/*.whl
+	build/wheel/env/bin/python -m pip install $(PIP) build/wheel/*.whl
 	cd build/wheel && env/bin/python -W error -c 'import jax.numpy as jnp, vsam_jax; \
 	  w = jnp.ones(2); tx = vsam_jax.vsam(); \
 	  tx.update(w, tx.init(w), w, grad_fn=lambda w: w); \

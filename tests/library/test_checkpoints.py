@@ -53,7 +53,7 @@ def flax_loss(params: Any, batch_stats: Any, batch: Any, key: Any) -> Any:
 
 def flax_state(tx: Any) -> vsam_jax.linen.TrainState:
     keys = {'params': jax.random.key(0), 'dropout': jax.random.key(1)}
-    variables = NETWORK.init(keys, jnp.zeros((2, 6)))
+    variables = jax.jit(NETWORK.init)(keys, jnp.zeros((2, 6)))
     return vsam_jax.linen.TrainState.create(
         apply_fn=NETWORK.apply, **variables, tx=tx, dropout_key=jax.random.key(2)
     )
@@ -68,8 +68,10 @@ def assert_same_bits(one: Any, other: Any) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@pytest.mark.parametrize('planned', [True, False], ids=['planned', 'traced'])
-@pytest.mark.parametrize('kind', ['plain', 'flax'])
+# Plain and traced, every method: test_every_method.
+@pytest.mark.parametrize(
+    ('kind', 'planned'), [('plain', True), ('flax', True), ('flax', False)]
+)
 def test_a_run_resumed_within_a_window_continues_bit_for_bit(tmp_path, kind, planned):
     # One and the same transformation: it is part of the structure of a TrainState.
     tx = optimizer()

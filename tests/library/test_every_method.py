@@ -23,6 +23,7 @@ from tests.library.built_runs import (
     run_nnx,
 )
 from vsam_jax import checkpoint
+from vsam_jax._state import only_state
 
 STEPS = 8
 
@@ -33,11 +34,18 @@ def batches() -> list[np.ndarray]:
 
 
 @functools.cache
+def traced(name: str) -> tuple[Any, Any]:
+    """A transformation and its step, jitted."""
+    tx = optimizer(name)
+    return tx, jax.jit(problems.make_step(tx, mean_loss))
+
+
+@functools.cache
 def by_hand(name: str) -> tuple[Any, Any]:
     """Parameters and optimizer state after a traced run without a framework."""
-    step = jax.jit(problems.make_step(optimizer(name), mean_loss))
+    tx, step = traced(name)
     params = problems.toy_params(jnp.float64)
-    state = params, optimizer(name).init(params)
+    state = params, tx.init(params)
     for batch in batches():
         state, _ = step(state, batch)
     return state
@@ -69,13 +77,14 @@ def test_planned_is_traced(name):
     for batch in batches():
         state, _ = step(state, batch)
     assert_same_run(state, by_hand(name), atol=1e-12)
+    taken = int(only_state(state).num_samples)
+    assert (taken == STEPS) == (name in problems.ALWAYS)
 
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('name', problems.METHODS)
 def test_a_restored_run_goes_on_as_the_uninterrupted_one(name, tmp_path):
-    tx = optimizer(name)
-    step = jax.jit(problems.make_step(tx, mean_loss))
+    tx, step = traced(name)
     params = problems.toy_params(jnp.float64)
     state = params, tx.init(params)
     for batch in batches()[:5]:

@@ -68,13 +68,12 @@ def test_vsam_follows_the_authors_implementation(planned):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('planned', [True, False])
 @pytest.mark.parametrize(
-    ('make', 'sample'),
+    ('make', 'sample', 'planned'),
     [
-        (vsam_jax.sam, None),
-        (lambda rho: vsam_jax.vsam(rho, warmup_steps=10**6), None),
-        (lambda rho: vsam_jax.vsam(rho, window=10, warmup_steps=0), True),
+        (vsam_jax.sam, None, False),
+        (lambda rho: vsam_jax.vsam(rho, warmup_steps=10**6), None, False),
+        (lambda rho: vsam_jax.vsam(rho, window=10, warmup_steps=0), True, True),
     ],
     ids=['sam', 'vsam-warming-up', 'vsam-told-to-sample'],
 )

@@ -243,7 +243,12 @@ def test_vmap_equals_a_loop_over_the_members():
     tx = optax.chain(small_vsam(), optax.sgd(0.1))
     members = [problems.mlp_params(seed, jnp.float64) for seed in range(3)]
     batches = problems.mlp_batches(14, dtype=jnp.float64)
-    apart = [run(tx, params, batches) for params in members]
+    alone, apart = jax.jit(problems.make_step(tx)), []
+    for params in members:
+        state = (params, tx.init(params))
+        for batch in batches:
+            state, _ = alone(state, batch)
+        apart.append(state)
     stack = lambda trees: jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
     params = stack(members)
     state = (params, jax.vmap(tx.init)(params))
@@ -270,19 +275,20 @@ def test_gradients_flow_through_an_unrolled_run():
         statistics = (inner.grad_norm, inner.psf_norm, inner.budget, inner.rings)
         return loss(state[0], batches[0]), statistics
 
-    loss_of = jax.jit(lambda rho: final(rho)[0])
-    slope_of = jax.jit(jax.grad(lambda rho: final(rho)[0]))
+    value_and_slope = jax.jit(jax.value_and_grad(lambda rho: final(rho)[0]))
     h = 1e-5
-    want = (loss_of(0.1 + h) - loss_of(0.1 - h)) / (2 * h)
-    assert float(slope_of(0.1)) == pytest.approx(float(want), rel=1e-5)
+    want = (value_and_slope(0.1 + h)[0] - value_and_slope(0.1 - h)[0]) / (2 * h)
+    assert float(value_and_slope(0.1)[1]) == pytest.approx(float(want), rel=1e-5)
     # At 0 the PSF vanishes, where a norm has no derivative.
     slopes = jax.jit(jax.jacfwd(final))(0.0)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(slopes))
-    assert bool(jnp.isfinite(slope_of(0.0)))
+    assert bool(jnp.isfinite(value_and_slope(0.0)[1]))
 
 
-@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
-@pytest.mark.parametrize('sample', [True, False, None])
+@pytest.mark.parametrize(
+    ('dtype', 'sample'),
+    [(jnp.float16, None), (jnp.float64, None), (jnp.bfloat16, True)],
+)
 def test_types_of_the_state_are_stable(dtype, sample):
     with jax.enable_x64(dtype == jnp.float64):
         tx = small_vsam()

@@ -4,6 +4,7 @@ All of this runs in Python, when a function is called or traced; nothing of it
 is part of a compiled step.
 """
 
+import inspect
 import math
 import numbers
 import operator
@@ -141,6 +142,25 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f'{name} must be True or False, got {value!r}.')
     return value
+
+
+def gradient_function(name: str, value: Any, params: PyTree) -> None:
+    """Raises for what cannot be called with the parameters alone."""
+    if not callable(value):
+        raise TypeError(f'{name} must be a function of the parameters, got {value!r}.')
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # That of a builtin is not known.
+        return
+    try:
+        signature.bind(params)
+    except TypeError as error:
+        raise TypeError(
+            f'{name} must be a function of the parameters alone, got one that takes'
+            f' {signature}: {error}. Close over the rest, {name}=lambda p:'
+            ' jax.grad(loss)(p, batch). (That of optax.contrib.sam has a second'
+            ' argument, which goes.)'
+        ) from None
 
 
 def axis_name(name: str, value: Any) -> Any:

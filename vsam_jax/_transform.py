@@ -552,10 +552,8 @@ def _check_update(
             'params must be the parameters, got None: the second gradient is taken'
             ' at params + ε. Call tx.update(grads, state, params, grad_fn=...).'
         )
-    if grad_fn is not None and not callable(grad_fn):
-        raise TypeError(
-            f'grad_fn must be a function of the parameters, got {grad_fn!r}.'
-        )
+    if grad_fn is not None:
+        _checks.gradient_function('grad_fn', grad_fn, params)
     if grad_fn is None and sample is not False:
         raise ValueError(
             'grad_fn must be a function that maps parameters to the gradient of'

@@ -120,3 +120,10 @@ def test_sam_is_that_of_optax(base, opaque):
     )
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-14)
+
+
+def test_a_grad_fn_that_was_written_for_optax_is_refused():
+    tx = vsam_jax.sam(0.05)
+    w = jnp.ones(2)
+    with pytest.raises(TypeError, match=r'parameters alone, got one .*\(p, i\)'):
+        tx.update(w, tx.init(w), w, grad_fn=lambda p, i: p)

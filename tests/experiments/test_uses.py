@@ -17,29 +17,16 @@ import pytest
 
 from experiments import compare
 from experiments.common import configuration, program, progress
-from experiments.configs import digits
 from experiments.training import checkpoints, experiment, run_files, run_log
 from experiments.training.loop import train
 from tests import processes
+from tests.experiments.small import tiny_digits
 
 
 @pytest.fixture(scope='module')
 def config() -> ml_collections.ConfigDict:
-    """A run of four steps."""
-    return configuration.with_values(
-        digits.get_config(),
-        {
-            'data.train': 40,
-            'data.validation': 10,
-            'data.test': 10,
-            'model': 'mlp',
-            'models.mlp.width': 2,
-            'models.mlp.depth': 1,
-            'batch_size': 20,
-            'epochs': 2,
-            'method': 'sgd',
-        },
-    )
+    """A run of six steps."""
+    return tiny_digits(method='sgd', epochs=2)
 
 
 @pytest.fixture(scope='module')
@@ -131,7 +118,7 @@ def interrupted(config, tmp_path_factory) -> tuple[Any, Any, pathlib.Path]:
 def test_a_damaged_checkpoint_is_named_and_kept(interrupted, name, keep, tmp_path):
     config, programs, path = interrupted
     run = shutil.copytree(path, tmp_path / 'run')
-    last = run / checkpoints.CHECKPOINTS / '4'
+    last = run / checkpoints.CHECKPOINTS / '6'
     content = (last / name).read_bytes()
     (last / name).unlink()
     if keep:
@@ -146,8 +133,8 @@ def test_a_damaged_checkpoint_is_named_and_kept(interrupted, name, keep, tmp_pat
     # As the message says: it goes on from the checkpoint of the first epoch.
     shutil.move(last, tmp_path / 'away')
     bar = progress.Bar()
-    assert go_on(bar=bar)['steps'] == bar.done == 4
-    assert [line['step'] for line in run_log.read_lines(run / run_log.LOG)] == [2, 4]
+    assert go_on(bar=bar)['steps'] == bar.done == 6
+    assert [line['step'] for line in run_log.read_lines(run / run_log.LOG)] == [3, 6]
 
 
 def content_of(path: pathlib.Path) -> dict[pathlib.Path, bytes]:

@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 import vsam_jax
-from tests import release
+from experiments.methods import registry
+from tests import problems, release
+from tests.library import conformance
 
 ROOT = release.ROOT
 WORKFLOWS = sorted((ROOT / '.github/workflows').glob('*.yml'))
@@ -45,6 +47,17 @@ def test_the_citation_names_the_software_and_the_paper():
     assert citation['type'] == 'software'
     (paper,) = citation['references']
     assert paper['url'] == 'https://arxiv.org/abs/2403.08821'
+
+
+def test_what_contributing_names_exists():
+    text = (ROOT / 'CONTRIBUTING.md').read_text()
+    paths = re.findall(r'`((?:vsam_jax|tests|experiments)/[\w./]+)`', text)
+    assert len(paths) > 10
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert missing == ['tests/library/golden/authors/newsam.npz']  # To be made.
+    for name in ('METHODS', *re.findall(r'`([A-Z_]{5,})`', text)):
+        places = (problems, conformance, registry)
+        assert any(hasattr(place, name) for place in places), name
 
 
 def test_workflows_call_make_and_nothing_else():

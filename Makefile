@@ -11,6 +11,7 @@ OLDEST_PYTHON ?= python3.11
 NEWEST_PYTHON ?= python3.12
 TEST := .venv-test/bin
 DEMO := .venv-demo/bin
+RELEASE := .venv-release/bin
 # What is never imported need not be compiled.
 PIP := --quiet --disable-pip-version-check --no-compile
 # Environments for several accelerators stand side by side.
@@ -32,7 +33,7 @@ endif
 # of CUDA 12 overwrite each other.
 PEERS := $(if $(filter cuda12 tpu,$(ACCELERATOR)),experiments,benchmark)
 
-.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
+.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel release bench profile paper clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
@@ -40,6 +41,7 @@ help:
 # A virtual environment per extra, made anew when its requirements change.
 .venv-test/.ready: EXTRA = dev
 .venv-demo/.ready: EXTRA = experiments
+.venv-release/.ready: EXTRA = release
 $(BENCH_ENV)/.ready: EXTRA = $(PEERS)$(ACCELERATOR:%=,%)
 $(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 .venv-%/.ready: pyproject.toml
@@ -94,10 +96,24 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 	$(TEST)/python -m build --wheel --outdir build/wheel . > /dev/null
 	$(PYTHON) -m venv --clear build/wheel/env
 	build/wheel/env/bin/python -m pip install $(PIP) build/wheel/*.whl
-	cd build/wheel && env/bin/python -W error -c 'import jax.numpy as jnp, vsam_jax; \
-	  w = jnp.ones(2); tx = vsam_jax.vsam(); \
-	  tx.update(w, tx.init(w), w, grad_fn=lambda w: w); \
-	  print("the wheel works:", vsam_jax.__name__, vsam_jax.__version__)'
+	build/wheel/env/bin/python -P -W error tests/smoke.py
+
+release: .venv-test/.ready .venv-release/.ready ## a release but for the upload: sdist and wheel, checked and tried
+	@test -z "$$(git status --porcelain)" || { git status --short; \
+	  echo "release: these files are not committed" >&2; exit 1; }
+	$(RELEASE)/python -m tests.release
+	$(RELEASE)/cffconvert --validate
+	rm -rf dist build/release
+	$(RELEASE)/python -m build . > /dev/null
+	$(RELEASE)/twine check --strict dist/*
+	for built in dist/*; do \
+	  $(PYTHON) -m venv --clear build/release/env && \
+	  build/release/env/bin/python -m pip install $(PIP) $$built && \
+	  build/release/env/bin/python -P -W error tests/smoke.py || exit 1; \
+	done
+	mkdir build/release/sdist && tar -xzf dist/*.tar.gz -C build/release/sdist --strip-components=1
+	cd build/release/sdist && $(CURDIR)/$(TEST)/python -m pytest -q tests/test_release.py tests/library/test_plan.py
+	@$(RELEASE)/python -m tests.release --next
 
 # make bench ACCELERATOR=cuda13: on a GPU, also without CUDA graphs (command buffers).
 MEASURED := experiments/results/benchmark/$(or $(ACCELERATOR),cpu)
@@ -146,4 +162,4 @@ paper: $(PAPER_ENV)/.ready ## CIFAR-100 on an accelerator: tuning, seven methods
 	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
 
 clean: ## removes what the others made
-	rm -rf .venv-* .jax_cache build demo runs
+	rm -rf .venv-* .jax_cache build demo dist runs

@@ -11,6 +11,7 @@ the whole once more, which finds all runs finished.
 """
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -74,31 +75,12 @@ def compare(
         )
         for method in methods
     }
-    titles = {method: title(method, config.methods[method]) for method in methods}
     experiments = {
         method: build(setting, dataset) for method, setting in settings.items()
     }
-    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     steps = sum(each.num_steps for each in experiments.values()) * len(seeds)
     with progress.bar(steps, config.name) as bar:
-        # Seeds outside: a busy hour of the machine then hits all methods alike.
-        for number, seed in enumerate(seeds):
-            for place, (method, experiment) in enumerate(experiments.items()):
-                done = number * len(experiments) + place
-                # A run that was finished before reports no steps.
-                bar.advance(done * experiment.num_steps - bar.done)
-                if not shard.holds(done):
-                    continue
-                run = configuration.with_values(settings[method], {'seed': seed})
-                runs[method].append(
-                    train(
-                        run,
-                        path / method / f'seed{seed}',
-                        experiment=experiment,
-                        bar=_Titled(bar, f'{titles[method]}, seed {seed}'),
-                    )
-                )
-        bar.advance(steps - bar.done)
+        runs = _train_all(path, settings, experiments, seeds, shard, bar)
         if not shard.whole:
             return {}
         bar.note('time per step')
@@ -128,6 +110,36 @@ def compare(
     summary = files.jsonable(summary)
     files.write_json(path / SUMMARY, summary)
     return summary
+
+
+def _train_all(
+    path: pathlib.Path,
+    settings: Mapping[str, Any],
+    experiments: Mapping[str, Experiment],
+    seeds: Sequence[int],
+    shard: Shard,
+    bar: progress.Bar,
+) -> dict[str, list[dict[str, Any]]]:
+    """The results of a shard of methods × seeds, by method."""
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in experiments}
+    # Seeds outside: a busy hour of the machine then hits all methods alike.
+    trials = itertools.product(seeds, experiments.items())
+    expected = 0
+    for number, (seed, (method, experiment)) in enumerate(trials):
+        if shard.holds(number):
+            config = settings[method]
+            name = title(method, config.methods[method])
+            result = train(
+                configuration.with_values(config, {'seed': seed}),
+                path / method / f'seed{seed}',
+                experiment=experiment,
+                bar=_Titled(bar, f'{name}, seed {seed}'),
+            )
+            runs[method].append(result)
+        # A run that was finished before, or is not made here, reports no steps.
+        expected += experiment.num_steps
+        bar.advance(expected - bar.done)
+    return runs
 
 
 class _Titled(progress.Bar):

@@ -8,6 +8,7 @@ starts with the finalists when it is started once all others are finished).
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -73,22 +74,17 @@ def tune(
         for method, field, values, others in grid
         for value in values
     ]
-    total = len(trials) * len(seeds)
-    with progress.bar(total, f'{config.name} tuning') as bar:
-        complete = _try(trials, seeds, config, dataset, path, shard, bar)
-    best = {}
-    if complete:
-        for trial in trials:
-            best.setdefault(trial.method, []).append(trial)
-        for method, rivals in best.items():
-            ranked = sorted(rivals, key=_Trial.accuracy, reverse=True)
-            best[method] = ranked[: max(finalists, 1)]
-    if complete and finalists:
+    run = functools.partial(
+        _try, config=config, dataset=dataset, path=path, shard=shard
+    )
+    if not run(trials, seeds, title=f'{config.name} tuning'):
+        return {}
+    best = _best_of_each(trials, max(finalists, 1))
+    if finalists:
         rivals = [trial for ranked in best.values() for trial in ranked]
-        total = len(rivals) * len(final_seeds)
-        with progress.bar(total, f'{config.name} finals') as bar:
-            complete = _try(rivals, final_seeds, config, dataset, path, shard, bar)
-    if not complete or not shard.whole:
+        if not run(rivals, final_seeds, title=f'{config.name} finals'):
+            return {}
+    if not shard.whole:
         return {}
     tried: dict[str, list[dict[str, Any]]] = {method: [] for method in best}
     for trial in trials:
@@ -136,35 +132,48 @@ class _Trial:
         }
 
 
+def _best_of_each(trials: Sequence[_Trial], count: int) -> dict[str, list[_Trial]]:
+    """The ``count`` trials of each method that did best, the best one first."""
+    rivals: dict[str, list[_Trial]] = {}
+    for trial in trials:
+        rivals.setdefault(trial.method, []).append(trial)
+    return {
+        method: sorted(those, key=_Trial.accuracy, reverse=True)[:count]
+        for method, those in rivals.items()
+    }
+
+
 def _try(
     trials: Sequence[_Trial],
     seeds: Sequence[int],
+    *,
+    title: str,
     config: Any,
     dataset: examples.Dataset,
     path: pathlib.Path,
     shard: Shard,
-    bar: progress.Bar,
 ) -> bool:
     """Runs a shard of trials × seeds; whether all of them are finished now."""
     complete = True
-    for number, trial in enumerate(trials):
-        setting = configuration.with_values(
-            config, {'method': trial.method, **trial.settings}
-        )
-        name = ','.join(f'{key}={value}' for key, value in trial.settings.items())
-        first = number * len(seeds)
-        runs = train_seeds(
-            setting,
-            seeds,
-            path / trial.method / name,
-            dataset=dataset,
-            holds=lambda place, first=first: shard.holds(first + place),
-            bar=bar,
-        )
-        trial.runs += [run for run in runs if run is not None]
-        complete = complete and None not in runs
-        if trial.runs:
-            bar.note(f'{trial.method} {name}: {100 * trial.accuracy():.1f} %')
+    with progress.bar(len(trials) * len(seeds), title) as bar:
+        for number, trial in enumerate(trials):
+            setting = configuration.with_values(
+                config, {'method': trial.method, **trial.settings}
+            )
+            name = ','.join(f'{key}={value}' for key, value in trial.settings.items())
+            first = number * len(seeds)
+            runs = train_seeds(
+                setting,
+                seeds,
+                path / trial.method / name,
+                dataset=dataset,
+                holds=lambda place, first=first: shard.holds(first + place),
+                bar=bar,
+            )
+            trial.runs += [run for run in runs if run is not None]
+            complete = complete and None not in runs
+            if trial.runs:
+                bar.note(f'{trial.method} {name}: {100 * trial.accuracy():.1f} %')
     return complete
 
 

@@ -60,6 +60,10 @@ KINDS = ('vsam', 'steady_vsam', 'sam', 'asam', 'looksam', 'fsam', 'aesam')
 PLANNED = {name: method for name, method in METHODS.items() if name != 'aesam'}
 # Those that take a second gradient on every step.
 ALWAYS = ('sam', 'asam', 'gsam', 'wsam', 'fsam', 'vasso', 'asyncsam')
+# Those whose direction on a sampled step is not g + s.
+OTHER_DIRECTION = ('gsam', 'wsam')
+# Those whose first perturbation is not ρ g / ‖g‖.
+OTHER_PERTURBATION = ('asam', 'asam_every_third_step_decayed', 'asyncsam')
 
 GOLDEN = pathlib.Path(__file__).parent / 'library' / 'golden'
 

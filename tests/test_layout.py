@@ -25,11 +25,6 @@ FLOORS = (
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 LEVELS = 6
-# A study that is under way; it goes down to the others' depth when it is finished.
-DEEPER = {
-    'experiments.studies.slices.report': 7,
-    'experiments.studies.slices.__main__': 8,
-}
 
 
 @pytest.fixture(scope='module')
@@ -88,7 +83,7 @@ def test_chains_of_imports_are_short(experiments):
     deep = {
         name: level
         for name, level in house.levels(experiments).items()
-        if level > DEEPER.get(name, LEVELS)
+        if level > LEVELS
     }
     assert deep == {}
 

@@ -24,7 +24,7 @@ from vsam_jax._transform import sharpness_aware
 if TYPE_CHECKING:
     from vsam_jax import linen, nnx
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 __all__ = [
     'MSAMState',

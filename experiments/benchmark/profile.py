@@ -60,66 +60,65 @@ def profile(
 
 def markdown(content: Mapping[str, Any]) -> str:
     """All tables of a profile, from its JSON alone."""
-    text = ''
-    for problem in content['problems'].values():
-        size = problem['parameter_bytes']
-        rows = [
-            [
-                title,
-                *(
-                    f'{program["memory"][part] / size:.2f}'
-                    for part in ('arguments', 'temporaries', 'outputs', 'peak')
-                ),
-                str(program['copies']['count']),
-                f'{4 * program["copies"]["elements"] / size:.2f}',
-            ]
-            for title, program in problem['programs'].items()
-        ]
-        header = [
-            'Program',
-            'Arguments',
-            'Temporaries',
-            'Outputs',
-            'Peak',
-            'Copies',
-            'Copied',
-        ]
-        text += (
-            f'{problem["title"]}, memory as multiples of the parameters'
-            f' ({size / 1e6:.1f} MB):\n\n{tables.markdown(header, rows)}\n'
-        )
-        header = ['Step', 'Page faults', 'User, ms', 'System, ms']
-        rows = [
-            [
-                title,
-                f'{row["page_faults"]:,.0f}',
-                f'{1e3 * row["user_seconds"]:.1f}',
-                f'{1e3 * row["system_seconds"]:.1f}',
-            ]
-            for title, row in problem['resources'].items()
-        ]
-        text += tables.markdown(header, rows) + '\n'
-        compiled = ', '.join(
-            f'{name}: {value:.1f} s'
-            for name, value in problem['compile_seconds'].items()
-        )
-        measured = ', '.join(
-            f'{name}: {cost["median"]:.2f}'
-            for name, cost in problem['statistics'].items()
-        )
-        idle = ', '.join(
-            f'{name}: {"unknown" if share is None else format(share, ".1%")}'
-            for name, share in problem['idle_shares'].items()
-        )
-        text += (
-            f'Compilation: {compiled}. Sampled step × {problem["base"]}, statistics'
-            f' over {measured}. Device idle, {idle}.\n\n'
-        )
     boundary = content['boundary']
-    return text + (
+    return ''.join(map(_of_problem, content['problems'].values())) + (
         f'A window boundary costs {1e6 * boundary["seconds_per_boundary"]:.0f} µs,'
         f' the driver {1e6 * boundary["seconds_per_call"]:.0f} µs a step (on a network'
         f' whose step takes {1e6 * boundary["step_seconds"]:.0f} µs).\n'
+    )
+
+
+def _of_problem(problem: Mapping[str, Any]) -> str:
+    size = problem['parameter_bytes']
+    rows = [
+        [
+            title,
+            *(
+                f'{program["memory"][part] / size:.2f}'
+                for part in ('arguments', 'temporaries', 'outputs', 'peak')
+            ),
+            str(program['copies']['count']),
+            f'{4 * program["copies"]["elements"] / size:.2f}',
+        ]
+        for title, program in problem['programs'].items()
+    ]
+    header = [
+        'Program',
+        'Arguments',
+        'Temporaries',
+        'Outputs',
+        'Peak',
+        'Copies',
+        'Copied',
+    ]
+    text = (
+        f'{problem["title"]}, memory as multiples of the parameters'
+        f' ({size / 1e6:.1f} MB):\n\n{tables.markdown(header, rows)}\n'
+    )
+    header = ['Step', 'Page faults', 'User, ms', 'System, ms']
+    rows = [
+        [
+            title,
+            f'{row["page_faults"]:,.0f}',
+            f'{1e3 * row["user_seconds"]:.1f}',
+            f'{1e3 * row["system_seconds"]:.1f}',
+        ]
+        for title, row in problem['resources'].items()
+    ]
+    text += tables.markdown(header, rows) + '\n'
+    compiled = ', '.join(
+        f'{name}: {value:.1f} s' for name, value in problem['compile_seconds'].items()
+    )
+    measured = ', '.join(
+        f'{name}: {cost["median"]:.2f}' for name, cost in problem['statistics'].items()
+    )
+    idle = ', '.join(
+        f'{name}: {"unknown" if share is None else format(share, ".1%")}'
+        for name, share in problem['idle_shares'].items()
+    )
+    return text + (
+        f'Compilation: {compiled}. Sampled step × {problem["base"]}, statistics'
+        f' over {measured}. Device idle, {idle}.\n\n'
     )
 
 

@@ -11,8 +11,9 @@ Parameters keep their paths. A layer has two more, ``kernel_quantizer/step`` and
 it is given, so give it a batch of training images, in training mode.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -91,29 +92,49 @@ class Quantized(nn.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Logits [batch, classes] of images [batch, height, width, channels]."""
-        layers = {layer.path: layer for layer in self.layers}
 
-        def replace(
-            next_function: Callable[..., Any],
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            context: InterceptorContext,
-        ) -> Any:
-            module: Any = context.module
-            layer = layers.get(module.path)
-            if (
-                layer is None
-                or context.method_name != '__call__'
-                or isinstance(module.promote_dtype, QuantizedOperands)
-            ):
-                return next_function(*args, **kwargs)
+        def quantized(module: Any, layer: Layer, *args: Any, **kwargs: Any) -> Any:
             operands = QuantizedOperands(layer.bits, layer.signed_input)
             # In the place of the layer, with the same parameters.
             copy = module.clone(parent=module.scope, promote_dtype=operands)
             return copy(*args, **kwargs)
 
-        with nn.intercept_methods(replace):
+        with replaced(self.layers, quantized):
             return self.network(x, train)
+
+
+def replaced(
+    layers: Iterable[Layer], function: Callable[..., Any]
+) -> contextlib.AbstractContextManager[None]:
+    """While the context lasts, calls of these layers are calls of a function.
+
+    Args:
+        layers: which layers. One that is quantized already stays as it is.
+        function: ``function(module, layer, *args, **kwargs)`` returns what the call
+            of the layer is to return; ``module`` is the Flax module.
+
+    Returns:
+        A context manager.
+    """
+    layer_at = {layer.path: layer for layer in layers}
+
+    def call(
+        next_function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: InterceptorContext,
+    ) -> Any:
+        module: Any = context.module
+        layer = layer_at.get(module.path)
+        if (
+            layer is None
+            or context.method_name != '__call__'
+            or isinstance(module.promote_dtype, QuantizedOperands)
+        ):
+            return next_function(*args, **kwargs)
+        return function(module, layer, *args, **kwargs)
+
+    return nn.intercept_methods(call)
 
 
 def quantize(

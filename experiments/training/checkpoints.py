@@ -1,6 +1,9 @@
 """Checkpoints of a run: written while it goes on, read afterwards."""
 
+import contextlib
 import pathlib
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,6 +15,10 @@ from experiments.common import configuration
 PyTree = Any
 
 CHECKPOINTS = 'checkpoints'
+_GO_ON = (
+    'The same command then goes on from the checkpoint before it, or from the start'
+    ' where there is none.'
+)
 
 
 class Checkpoints:
@@ -39,15 +46,17 @@ class Checkpoints:
             self._manager.close()
 
     def restore(self, state: PyTree) -> PyTree:
-        """The state of the last complete checkpoint, ``state`` if there is none."""
-        if self._manager is None or self._manager.latest_step() is None:
+        """The state of the last complete checkpoint, ``state`` if there is none.
+
+        Raises:
+            ConfigError: if it is of other settings, or cannot be read.
+        """
+        if self._manager is None or (step := self._manager.latest_step()) is None:
             return state
-        try:
+        with _reading(self._manager.directory / str(step), _GO_ON):
             return vsam_jax.checkpoint.restore(
-                self._manager, state, config=self._settings
+                self._manager, state, config=self._settings, step=step
             )
-        except ValueError as error:
-            raise configuration.ConfigError(str(error)) from error
 
     def save(self, step: int, state: PyTree) -> None:
         """Saves in the background."""
@@ -86,7 +95,7 @@ def variables(path: pathlib.Path, like: PyTree, step: int | None = None) -> PyTr
         A tree like ``like`` of arrays on the host, in the shapes of the checkpoint.
 
     Raises:
-        ConfigError: if there is no checkpoint.
+        ConfigError: if there is no checkpoint, or it cannot be read.
     """
     # Takes seconds to import.
     import orbax.checkpoint as ocp
@@ -100,8 +109,26 @@ def variables(path: pathlib.Path, like: PyTree, step: int | None = None) -> PyTr
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like
         ),
     )
-    with _manager((path / CHECKPOINTS).absolute()) as manager:
+    directory = (path / CHECKPOINTS).absolute()
+    with (
+        _manager(directory) as manager,
+        _reading(directory / str(step), 'Without it, that of the step before is read.'),
+    ):
         return manager.restore(step, args=ocp.args.Composite(state=arguments))['state']
+
+
+@contextlib.contextmanager
+def _reading(directory: Any, way_out: str) -> Iterator[None]:
+    """Names the checkpoint that cannot be read, and says what to do then."""
+    try:
+        yield
+    except (KeyError, OSError, ValueError) as error:
+        lines = [textwrap.shorten(line, 200) for line in str(error).splitlines()]
+        raise configuration.ConfigError(
+            f'The checkpoint {directory} cannot be read: '
+            + '\n  '.join(lines)
+            + f'\nMove it away. {way_out}'
+        ) from error
 
 
 def _manager(directory: pathlib.Path) -> Any:

@@ -70,7 +70,12 @@ def claimed(path: pathlib.Path, run: dict[str, Any]) -> Iterator[None]:
         except OSError:
             pass  # A file system without locks.
         _begin(path, files.jsonable(run))
-        yield
+        try:
+            yield
+        finally:
+            if not _written(path):
+                # It ended before its first step, so other settings may follow.
+                (path / SETTINGS).unlink()
     finally:
         os.close(directory)
 
@@ -79,8 +84,7 @@ def _begin(path: pathlib.Path, run: dict[str, Any]) -> None:
     """Writes the settings of a run, or checks that they are those there."""
     file = path / SETTINGS
     if not file.exists():
-        foreign = [name for name in (RESULT, *_OTHERS) if (path / name).exists()]
-        if foreign:
+        if foreign := _written(path):
             raise configuration.ConfigError(
                 f'{path} holds {", ".join(foreign)} of something else: there is no'
                 f' {SETTINGS}. Give another workdir, or move them away.'
@@ -95,6 +99,11 @@ def _begin(path: pathlib.Path, run: dict[str, Any]) -> None:
             ' else is there of the run.'
         ) from error
     _check_same(path, settings, run)
+
+
+def _written(path: pathlib.Path) -> list[str]:
+    """The files of a run that are there, but for its settings."""
+    return [name for name in (RESULT, *_OTHERS) if (path / name).exists()]
 
 
 def _check_same(

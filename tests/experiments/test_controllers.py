@@ -18,7 +18,7 @@ from experiments.methods import registry, titles
 from experiments.studies.controllers import candidates, measure, report
 from experiments.studies.controllers import config as study
 from experiments.studies.noise import __main__ as noise
-from tests.experiments.small import TASK
+from tests.experiments.small import TASK, TINY
 from vsam_jax._state import only_state
 
 
@@ -157,16 +157,7 @@ def test_noise_raises_the_published_budget_the_more_the_wider_it_is():
 def config() -> ml_collections.ConfigDict:
     """A task that takes no time."""
     config = configuration.with_values(
-        study.get_config('mlp_200'),
-        {
-            'data.train': 80,
-            'data.validation': 20,
-            'data.test': 30,
-            'models.mlp.width': 8,
-            'models.mlp.depth': 1,
-            'batch_size': 40,
-            'epochs': 3,
-        },
+        study.get_config('mlp_200'), {**TINY, 'epochs': 2}
     )
     with config.unlocked():
         config.compare.methods = ('sam', 'every_third')
@@ -295,8 +286,6 @@ def test_the_report_joins_tasks_and_leaves_out_what_did_not_take_part(tmp_path):
         ['vsam', '0.30', '−5.0 [−6.0, −4.0]', '+2.0 [+1.0, +3.0]'],
         ['late', '0.30', '', '−30.0 [−31.0, −29.0]'],
     ]
-    _, rows = report.rows_of(reports, 'as_sam', only=('vsam',))
-    assert [row[0] for row in rows] == ['vsam']
     table, *figures, summary = report.write(reports, tmp_path)
     assert 'python -m one' in table.read_text()
     assert summary.read_text().startswith('| Task |')

@@ -28,29 +28,19 @@ from experiments.training import experiment, loss, run_files, run_log
 from experiments.training.loop import change_of_norm, train
 from experiments.training.state import COLUMNS
 from tests import processes
-from tests.experiments.small import TASK, changed
+from tests.experiments.small import TASK, changed, tiny_digits
 
 
 @pytest.fixture(scope='module')
 def config() -> ml_collections.ConfigDict:
-    """The digits configuration, so small that it trains in no time."""
-    return configuration.with_values(
-        digits.get_config(),
-        {
-            'data.train': 120,
-            'data.validation': 20,
-            'data.test': 30,
-            'model': 'mlp',
-            'models.mlp.width': 8,
-            'models.mlp.depth': 1,
-            'batch_size': 40,
-            'epochs': 4,
-            'methods.vsam.window': 4,
-            'methods.vsam.segments': 2,
-            'methods.vsam.warmup_steps': 3,
-            'optimizer.learning_rate': 0.05,
-            'methods.sgd': {},
-        },
+    """A run of twelve steps."""
+    return tiny_digits(
+        epochs=4,
+        methods__vsam__window=4,
+        methods__vsam__segments=2,
+        methods__vsam__warmup_steps=3,
+        methods__sgd={},
+        optimizer__learning_rate=0.05,
     )
 
 

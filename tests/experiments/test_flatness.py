@@ -18,6 +18,7 @@ from experiments.studies.flatness import curvature, measure, report
 from experiments.training import checkpoints, experiment, loss, run_files
 from experiments.training.loop import train
 from tests import problems
+from tests.experiments.small import tiny_digits
 
 SPECTRUM = np.array([-6.0, -0.5, 0.0, 0.25, 1.0, 2.0, 4.0, 5.0])
 
@@ -188,23 +189,9 @@ SETTINGS = measure.Settings(
 
 @pytest.fixture(scope='module')
 def config() -> ml_collections.ConfigDict:
-    """The digits configuration, so small that it trains in no time."""
-    return configuration.with_values(
-        digits.get_config(),
-        {
-            'data.train': 120,
-            'data.validation': 20,
-            'data.test': 30,
-            'model': 'mlp',
-            'models.mlp.width': 4,
-            'models.mlp.depth': 1,
-            'batch_size': 40,
-            'epochs': 3,
-            'eval_every': 3,
-            'checkpoint_every': 1,
-            'checkpoint_keep': 2,
-            'method': 'sam',
-        },
+    """A run of nine steps that keeps two checkpoints."""
+    return tiny_digits(
+        method='sam', epochs=3, eval_every=3, checkpoint_every=1, checkpoint_keep=2
     )
 
 

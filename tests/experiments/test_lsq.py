@@ -26,7 +26,7 @@ from experiments.studies.quantization import cifar100_small, integers
 from experiments.studies.quantization import digits as quantized_digits
 from experiments.training import experiment, run_files
 from experiments.training.loop import train
-from tests.experiments.small import SMALL, TASK, changed
+from tests.experiments.small import SMALL, TASK, changed, tiny_digits
 
 BITS = (2, 3, 4, 8)
 IMAGE = (8, 8, 1)
@@ -452,23 +452,15 @@ def test_integers_and_scales_give_the_outputs_of_the_quantized_network(bits):
 
 @pytest.fixture(scope='module')
 def config() -> Any:
-    """Digits, so small that it trains in no time."""
-    return configuration.with_values(
-        digits.get_config(),
-        {
-            'data.train': 80,
-            'data.validation': 0,
-            'data.test': 30,
-            'model': 'mlp',
-            'models.mlp.width': 8,
-            'models.mlp.depth': 2,
-            'batch_size': 40,
-            'epochs': 2,
-            'method': 'sgd',
-            'methods.vsam.window': 2,
-            'methods.vsam.segments': 1,
-            'methods.vsam.warmup_steps': 1,
-        },
+    """A run of six steps, of three layers."""
+    return tiny_digits(
+        data__validation=0,
+        models__mlp__depth=2,
+        epochs=2,
+        method='sgd',
+        methods__vsam__window=2,
+        methods__vsam__segments=1,
+        methods__vsam__warmup_steps=1,
     )
 
 

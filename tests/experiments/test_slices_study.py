@@ -57,7 +57,7 @@ def test_units_are_written_and_not_made_again(task, tmp_path, monkeypatch):
     content = json.loads(output.read_text())
     assert list(content['units']) == [f'mlp_600/{name}' for name in names]
     unit = content['units']['mlp_600/slice_8_3']
-    assert len(unit['validation']) == len(screen.pairs_of(task, 'slice_8_3')) == 2
+    assert len(unit['validation']) == len(methods.pairs_of(task, 'slice_8_3')) == 2
     assert unit['at_edge'] == [True, False]
     assert unit['chosen'] == [0.4, 0.1]  # The larger one, scaled for slices.
     found = unit['statistics']['own']['minus_sam']

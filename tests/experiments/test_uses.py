@@ -1,9 +1,13 @@
 """What happens to who uses the trainer wrongly: a clear message, and nothing lost."""
 
+import copy
+import functools
 import json
 import os
+import pathlib
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -13,29 +17,16 @@ import pytest
 
 from experiments import compare
 from experiments.common import configuration, program, progress
-from experiments.configs import digits
-from experiments.training import run_files, run_log
+from experiments.training import checkpoints, experiment, run_files, run_log
 from experiments.training.loop import train
 from tests import processes
+from tests.experiments.small import tiny_digits
 
 
 @pytest.fixture(scope='module')
 def config() -> ml_collections.ConfigDict:
-    """A run of four steps."""
-    return configuration.with_values(
-        digits.get_config(),
-        {
-            'data.train': 40,
-            'data.validation': 10,
-            'data.test': 10,
-            'model': 'mlp',
-            'models.mlp.width': 2,
-            'models.mlp.depth': 1,
-            'batch_size': 20,
-            'epochs': 2,
-            'method': 'sgd',
-        },
-    )
+    """A run of six steps."""
+    return tiny_digits(method='sgd', epochs=2)
 
 
 @pytest.fixture(scope='module')
@@ -97,6 +88,58 @@ def test_damaged_times_of_a_comparison_are_named(config, tmp_path):
             timing_rounds=1,
             timing_steps=1,
         )
+
+
+def test_a_missing_data_set_is_named_and_the_workdir_stays_free(config, tmp_path):
+    missing = copy.deepcopy(config)
+    missing.data = {'name': 'cifar10', 'data_dir': str(tmp_path / 'data')}
+    path = tmp_path / 'run'
+    refused('experiments.prepare --dataset=cifar10 --data_dir=.*data', missing, path)
+    # So that it can be said again, and right.
+    assert list(path.iterdir()) == []
+
+
+@pytest.fixture(scope='module')
+def interrupted(config, tmp_path_factory) -> tuple[Any, Any, pathlib.Path]:
+    """A configuration, its programs, and an unfinished run with two checkpoints."""
+    config = configuration.with_values(
+        config, {'checkpoint_every': 1, 'checkpoint_keep': 2}
+    )
+    programs = experiment.build(config)
+    path = tmp_path_factory.mktemp('interrupted')
+    train(config, path, experiment=programs, bar=progress.Bar())
+    (path / run_files.RESULT).unlink()
+    return config, programs, path
+
+
+# Where the arrays are damaged the message is the same, but orbax leaves coroutines.
+@pytest.mark.parametrize('name', ['configuration/metadata', 'state/_METADATA'])
+@pytest.mark.parametrize('keep', [0.0, 0.5])
+def test_a_damaged_checkpoint_is_named_and_kept(interrupted, name, keep, tmp_path):
+    config, programs, path = interrupted
+    run = shutil.copytree(path, tmp_path / 'run')
+    last = run / checkpoints.CHECKPOINTS / '6'
+    content = (last / name).read_bytes()
+    (last / name).unlink()
+    if keep:
+        (last / name).write_bytes(content[: int(keep * len(content))])
+    before = content_of(run)
+    go_on = functools.partial(train, config, run, experiment=programs)
+    with pytest.raises(
+        configuration.ConfigError, match=f'{last} cannot be read(?s:.*)Move it away'
+    ):
+        go_on(bar=progress.Bar())
+    assert content_of(run) == before
+    # As the message says: it goes on from the checkpoint of the first epoch.
+    shutil.move(last, tmp_path / 'away')
+    bar = progress.Bar()
+    assert go_on(bar=bar)['steps'] == bar.done == 6
+    assert [line['step'] for line in run_log.read_lines(run / run_log.LOG)] == [3, 6]
+
+
+def content_of(path: pathlib.Path) -> dict[pathlib.Path, bytes]:
+    """All files below a directory."""
+    return {file: file.read_bytes() for file in path.rglob('*') if file.is_file()}
 
 
 def test_an_interrupted_program_says_how_to_go_on(capsys):

@@ -61,7 +61,9 @@ def by_hand(name: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('name', [n for n in SLICEABLE if n not in ('gsam', 'wsam')])
+@pytest.mark.parametrize(
+    'name', [n for n in SLICEABLE if n not in problems.OTHER_DIRECTION]
+)
 def test_the_direction_is_g_of_all_and_s_of_the_slice(name):
     method = problems.METHODS[name](0.1)
     params, batch = problems.toy_params(jnp.float64), batches()[0]
@@ -82,7 +84,7 @@ def test_the_direction_is_g_of_all_and_s_of_the_slice(name):
     norms = optax.tree.norm(grads), optax.tree.norm(psf)
     np.testing.assert_allclose((state.grad_norm, state.psf_norm), norms, rtol=1e-10)
     # ε is of length ρ, along the slice's gradient.
-    if 'asam' not in name and name != 'asyncsam':
+    if name not in problems.OTHER_PERTURBATION:
         epsilon = optax.tree.scale(0.1 / optax.tree.norm(own), own)
         problems.assert_close(second, optax.tree.add(params, epsilon))
     if state.rings is not None:

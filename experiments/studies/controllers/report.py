@@ -71,21 +71,20 @@ def names(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def rows_of(
-    reports: Sequence[Mapping[str, Any]], kind: str, only: Sequence[str] = ()
+    reports: Sequence[Mapping[str, Any]], kind: str
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a candidate per row, a task per column.
 
     Args:
         reports: from :func:`load`.
         kind: one of :data:`KINDS`.
-        only: the candidates that are shown, all if there are none.
 
     Returns:
         SAM's row has its accuracy in per cent, the others the difference from it in
         points with its 95 % interval, and the sampling rate.
     """
     rows = []
-    for name in only or names(reports):
+    for name in names(reports):
         cells, rates, titles = [], [], []
         for report in reports:
             method = report['methods'].get(name, {})

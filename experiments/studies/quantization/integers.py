@@ -5,16 +5,19 @@ quantized layer rounds its input to integers, multiplies and sums integers, and 
 the sums by both steps once. What is between the layers stays as it was.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.module import InterceptorContext
 
 from experiments.models import lsq
-from experiments.models.quantization import INPUT_QUANTIZER, KERNEL_QUANTIZER, Quantized
+from experiments.models.quantization import (
+    INPUT_QUANTIZER,
+    KERNEL_QUANTIZER,
+    Layer,
+    Quantized,
+    replaced,
+)
 
 PyTree = Any
 
@@ -58,22 +61,12 @@ def apply(model: Quantized, exported: PyTree, x: jax.Array) -> jax.Array:
     Returns:
         Logits [batch, classes]: those of ``model.apply`` but for rounding.
     """
-    layers = {layer.path: layer for layer in model.layers}
 
-    def replace(
-        next_function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        context: InterceptorContext,
-    ) -> Any:
-        module: Any = context.module
-        layer = layers.get(module.path)
-        if layer is None or context.method_name != '__call__':
-            return next_function(*args, **kwargs)
+    def in_integers(module: Any, layer: Layer, x: jax.Array) -> jax.Array:
         params = _at(exported['params'], layer.path)
         step = params[INPUT_QUANTIZER]['step']
         integers = lsq.to_levels(
-            args[0], step, *lsq.levels(layer.bits, layer.signed_input)
+            x, step, *lsq.levels(layer.bits, layer.signed_input)
         ).astype(jnp.int32)
         # The same layer of its own, with nothing but the sums of products.
         sums = module.clone(
@@ -82,7 +75,7 @@ def apply(model: Quantized, exported: PyTree, x: jax.Array) -> jax.Array:
         y = sums * (step * params[KERNEL_QUANTIZER]['step']) + params.get('bias', 0)
         return y.astype(module.dtype or y.dtype)
 
-    with nn.intercept_methods(replace):
+    with replaced(model.layers, in_integers):
         return jnp.asarray(model.network.apply(exported, x, train=False))
 
 

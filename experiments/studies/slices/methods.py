@@ -12,9 +12,11 @@ SAM in the last third of the run alone, and SGD before.
 """
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import optax
 
@@ -24,6 +26,8 @@ from experiments.studies.slices import tasks
 from experiments.studies.slices.tasks import PyTree, Task
 from experiments.training.loss import loss_of
 
+# A radius and a learning rate.
+Pair = tuple[float, float]
 # Makes what stands first in the chain, from ρ and the task.
 Direction = Callable[[Any, Task], optax.GradientTransformationExtraArgs]
 # Where the one gradient of a step is taken: of parameters, the state of the base
@@ -147,18 +151,39 @@ METHODS = {
 }
 
 
-def make_run(method: Method, task: Task) -> Callable[..., tuple[PyTree, PyTree]]:
+def pairs_of(task: Task, name: str) -> list[Pair]:
+    """The pairs of radius and learning rate that a method is tuned over."""
+    if name == 'sgd':
+        return [(0.0, rate) for rate in task.sgd_rates]
+    radii = [METHODS[name].radii * rho for rho in task.radii]
+    return list(itertools.product(radii, task.rates))
+
+
+def at_edge(task: Task, name: str, chosen: Sequence[float]) -> tuple[bool, bool]:
+    """Whether radius and learning rate are at an end of those tried."""
+    tried = list(zip(*pairs_of(task, name), strict=True))
+    radius, rate = (
+        len(set(values)) > 1 and value in (min(values), max(values))
+        for value, values in zip(chosen, tried, strict=True)
+    )
+    return radius, rate
+
+
+def make_run(
+    method: Method, task: Task, model: nn.Module
+) -> Callable[..., tuple[PyTree, PyTree]]:
     """A function that trains one network.
 
     Args:
         method: how.
         task: what.
+        model: the network of the task.
 
     Returns:
         ``run(images, start, rho, rate) -> variables`` with the training images
         [N, …], a :class:`tasks.Start` of one seed, and two scalars.
     """
-    loss_fn = loss_of(tasks.network(task), task.settings.label_smoothing)
+    loss_fn = loss_of(model, task.settings.label_smoothing)
 
     def gradient(params: PyTree, stats: PyTree, batch: Any) -> tuple[PyTree, PyTree]:
         grads, (stats, _) = jax.grad(loss_fn, has_aux=True)(params, stats, batch, None)

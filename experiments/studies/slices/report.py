@@ -8,7 +8,7 @@ from typing import Any
 from experiments.common import files
 from experiments.report import tables
 from experiments.report.statistics import paired, summary
-from experiments.studies.slices import methods, screen, tasks
+from experiments.studies.slices import methods, tasks
 
 TRAINER = pathlib.Path(__file__).parents[1] / 'controllers' / 'results'
 
@@ -56,7 +56,7 @@ def _with_statistics(units: Mapping[str, Any]) -> dict[str, Any]:
                 if theirs is not None and other != name:
                     row[f'minus_{other}'] = paired(unit[place], theirs['own'])
             statistics[place] = _rounded(row)
-        edges = screen.at_edge(tasks.TASKS[task], name, unit['chosen'])
+        edges = methods.at_edge(tasks.TASKS[task], name, unit['chosen'])
         unit = {k: v for k, v in unit.items() if k != 'radius_at_edge'}
         found[key] = {**unit, 'at_edge': list(edges), 'statistics': statistics}
     return found

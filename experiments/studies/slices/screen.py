@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.studies.slices import methods, tasks
-from experiments.studies.slices.methods import Method
+from experiments.studies.slices import methods, starts, tasks
+from experiments.studies.slices.methods import Method, Pair
 from experiments.studies.slices.tasks import PyTree, Task
 
 # How many networks a call of the program trains: their numbers fit into a cache.
 WIDTH = 15
-Pair = tuple[float, float]
 # A seed, and the pair of radius and learning rate.
 Run = tuple[int, Pair]
 
@@ -47,9 +46,9 @@ class Program:
         self._task = task
         self._width = width
         self._advance = advance
-        self._examples = tasks.examples(task)
-        run = methods.make_run(method, task)
-        model = tasks.network(task)
+        self._examples = starts.examples(task)
+        model = starts.network(task)
+        run = methods.make_run(method, task, model)
 
         def measured(shared: tasks.Examples, *arguments: Any) -> jax.Array:
             variables = run(shared.train, *arguments)
@@ -74,7 +73,7 @@ class Program:
             filled = part + part[-1:] * (self._width - len(part))
             seeds, pairs = zip(*filled, strict=True)
             rhos, rates = np.asarray(pairs, np.float32).T
-            start = tasks.starts(self._task, seeds)
+            start = starts.starts(self._task, seeds)
             found = self._program(self._examples, start, rhos, rates)
             parts.append(np.asarray(found)[: len(part)])
             self._advance()
@@ -88,25 +87,8 @@ def num_calls(
     calls = lambda runs: -(-runs // WIDTH)
     is_slice = methods.METHODS[name].parts > 1
     measured = 1 if name in ('sam', 'sgd') else 2 + is_slice
-    return calls(len(pairs_of(task, name)) * len(tuning)) + measured * calls(len(seeds))
-
-
-def pairs_of(task: Task, name: str) -> list[Pair]:
-    """The pairs of radius and learning rate that a method is tuned over."""
-    if name == 'sgd':
-        return [(0.0, rate) for rate in task.sgd_rates]
-    radii = [methods.METHODS[name].radii * rho for rho in task.radii]
-    return list(itertools.product(radii, task.rates))
-
-
-def at_edge(task: Task, name: str, chosen: Sequence[float]) -> tuple[bool, bool]:
-    """Whether radius and learning rate are at an end of those tried."""
-    tried = list(zip(*pairs_of(task, name), strict=True))
-    radius, rate = (
-        len(set(values)) > 1 and value in (min(values), max(values))
-        for value, values in zip(chosen, tried, strict=True)
-    )
-    return radius, rate
+    tried = len(methods.pairs_of(task, name)) * len(tuning)
+    return calls(tried) + measured * calls(len(seeds))
 
 
 def screen(
@@ -135,7 +117,7 @@ def screen(
     """
     begun = time.perf_counter()
     program = program or Program(task, methods.METHODS[name])
-    pairs = pairs_of(task, name)
+    pairs = methods.pairs_of(task, name)
     tried = program(list(itertools.product(tuning, pairs)))
     means = tried[:, 0].reshape(len(tuning), len(pairs)).mean(0)
     chosen = pairs[int(np.argmax(means))]

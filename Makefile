@@ -1,6 +1,7 @@
 # make demo   trains on handwritten digits with wrong labels and shows what vSAM gains
 # make check  lint, types, the tests of the library: while one works on it
 # make test   lint, types, tests, doctests, wheel; what continuous integration runs
+# make docs   the site, into build/docs
 # make help   all of them
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
 
 ifeq ($(ACCELERATOR),)
 # XLA allocates the temporaries of a program anew at every call; glibc gets large ones
-# back from the kernel faster in huge pages (docs/cost.md).
+# back from the kernel faster in huge pages (docs/evidence/cost.md).
 demo bench profile paper: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 else ifeq ($(filter $(ACCELERATOR),cuda12 cuda13 tpu),)
 $(error ACCELERATOR must be cuda12, cuda13, tpu or nothing, got $(ACCELERATOR))
@@ -32,13 +33,14 @@ endif
 # of CUDA 12 overwrite each other.
 PEERS := $(if $(filter cuda12 tpu,$(ACCELERATOR)),experiments,benchmark)
 
-.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
+.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel docs bench profile paper clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
 
 # A virtual environment per extra, made anew when its requirements change.
 .venv-test/.ready: EXTRA = dev
+.venv-docs/.ready: EXTRA = docs
 .venv-demo/.ready: EXTRA = experiments
 $(BENCH_ENV)/.ready: EXTRA = $(PEERS)$(ACCELERATOR:%=,%)
 $(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
@@ -98,6 +100,13 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 	  w = jnp.ones(2); tx = vsam_jax.vsam(); \
 	  tx.update(w, tx.init(w), w, grad_fn=lambda w: w); \
 	  print("the wheel works:", vsam_jax.__name__, vsam_jax.__version__)'
+
+# A warning is an error, and so is a notebook that fails or a page that loads anything
+# from elsewhere. Notebooks are kept in build/ and run again where something changed.
+docs: .venv-docs/.ready ## the site, with its notebooks run: build/docs/index.html
+	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet -j $(JOBS) \
+	  -d build/doctrees docs build/docs
+	.venv-docs/bin/python docs/_ext/offline.py build/docs
 
 # make bench ACCELERATOR=cuda13: on a GPU, also without CUDA graphs (command buffers).
 MEASURED := experiments/results/benchmark/$(or $(ACCELERATOR),cpu)

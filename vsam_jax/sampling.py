@@ -7,7 +7,7 @@ a window changes its plan, so a host can read the plan once and then pick
 between compiled programs (:class:`vsam_jax.PlannedStep`).
 
 A rule is a frozen dataclass of static numbers with the methods of
-:class:`SamplingRule`; what changes over training (:class:`Rings`, the budget)
+:class:`SamplingRule`; what changes over training (:class:`.Rings`, the budget)
 is passed in and returned.
 """
 
@@ -39,7 +39,7 @@ __all__ = [
 class SamplingRule:
     """What a rule offers; all methods are pure and traceable.
 
-    A rule of one's own is a subclass, best a frozen dataclass, with :attr:`window` and
+    A rule of one's own is a subclass, best a frozen dataclass, with ``window`` and
     :meth:`plan`. The rest has defaults, those of a rule whose budget never changes. One
     that decides by the gradient at hand has :meth:`init_memory` and :meth:`decide`
     instead of a plan.

@@ -12,7 +12,7 @@ import vsam_jax
 from experiments.studies.defects import __main__ as study
 from experiments.studies.defects import optax_, report
 
-PAGE = report.RESULTS.parents[4] / 'docs' / 'known_defects.md'
+PAGE = report.RESULTS.parents[4] / 'docs' / 'evidence' / 'known_defects.md'
 COMMITTED = report.load()
 ZEROS = [optax_.ZERO_FIRST, optax_.ZERO_SECOND]
 

@@ -2,7 +2,7 @@ r"""Measures what public implementations compute beside what the authors' formul
 
     python -m experiments.studies.defects \
         --output=experiments/studies/defects/results/defects.json \
-        --page=docs/known_defects.md
+        --page=docs/evidence/known_defects.md
 
 A package that is not installed is left out.
 """

@@ -1,0 +1,118 @@
+"""Formulas as MathML, made when the site is built: no script and no font is loaded."""
+
+import html
+import re
+from xml.etree import ElementTree
+
+import latex2mathml.converter
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.writers.html5 import HTML5Translator
+
+_LOG = logging.getLogger(__name__)
+
+# The converter takes letters beyond ASCII for variables. These are operators.
+_OPERATORS = {
+    '‖': r'\|',
+    '∥': r'\|',
+    '⟨': r'\langle ',
+    '⟩': r'\rangle ',
+    '⌊': r'\lfloor ',
+    '⌋': r'\rfloor ',
+    '⌈': r'\lceil ',
+    '⌉': r'\rceil ',
+    '≤': r'\le ',
+    '≥': r'\ge ',
+    '≠': r'\ne ',
+    '≈': r'\approx ',
+    '∼': r'\sim ',
+    '∈': r'\in ',
+    '∝': r'\propto ',
+    '∇': r'\nabla ',
+    '∂': r'\partial ',
+    '⊥': r'\perp ',
+    '·': r'\cdot ',
+    '⊙': r'\odot ',
+    '×': r'\times ',
+    '±': r'\pm ',
+    '→': r'\to ',
+    '←': r'\leftarrow ',
+    '…': r'\ldots ',
+    '−': '-',
+}
+_OPERATOR = re.compile('|'.join(_OPERATORS))
+# Upright words are one word, not a row of variables.
+_WORD = re.compile(r'\\(?:mathrm\{([A-Za-z]+)\}|(arg)\b)')
+_COMMAND = re.compile(r'\\[A-Za-z]+')
+# What the converter takes for variables and operators in turn.
+_FENCE = re.compile(r'<mi>(&#x0(?:230A|230B|2308|2309|27E8|27E9|2016);)</mi>')
+_NAMED = re.compile(r'<mo>([A-Za-z]{2,})</mo>')
+
+
+def mathml(latex: str, *, display: bool) -> str:
+    r"""A formula as MathML.
+
+    Args:
+        latex: the formula; letters and operators may be written as they are, such as
+            ``ρ`` and ``≤``. Several lines are separated by ``\\`` and aligned at
+            ``&``.
+        display: whether it stands on lines of its own.
+
+    Returns:
+        The element ``math``.
+
+    Raises:
+        ValueError: if the formula cannot be converted, or a command is not known.
+    """
+    text = _OPERATOR.sub(lambda found: _OPERATORS[found[0]], latex.strip())
+    text = _WORD.sub(lambda found: rf'\operatorname{{{found[1] or found[2]}}}', text)
+    if display and (r'\\' in text or '&' in text) and r'\begin' not in text:
+        text = rf'\begin{{split}}{text}\end{{split}}'
+    try:
+        made = latex2mathml.converter.convert(
+            text, display='block' if display else 'inline'
+        )
+    except Exception as error:
+        raise ValueError(
+            f'Formula cannot be converted: {latex!r}: {error!r}.'
+        ) from None
+    if unknown := _COMMAND.findall(html.unescape(made)):
+        raise ValueError(f'Formula has unknown commands {unknown}: {latex!r}.')
+    made = _FENCE.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', made)
+    made = _NAMED.sub(r'<mo lspace="0" rspace="0.17em">\1</mo>', made)
+    try:
+        ElementTree.fromstring(made)
+    except ElementTree.ParseError as error:
+        raise ValueError(f'Formula cannot be converted: {latex!r}: {error}.') from None
+    return made
+
+
+def _made(node: nodes.math | nodes.math_block, *, display: bool) -> str:
+    try:
+        return mathml(node.astext(), display=display)
+    except ValueError as error:
+        _LOG.warning('%s', error, location=node, type='mathml')
+        return html.escape(node.astext())
+
+
+def _visit_inline(self: HTML5Translator, node: nodes.math) -> None:
+    self.body.append(_made(node, display=False))
+    raise nodes.SkipNode
+
+
+def _visit_display(self: HTML5Translator, node: nodes.math_block) -> None:
+    self.body.append(self.starttag(node, 'div', CLASS='math-block'))
+    self.body.append(_made(node, display=True))
+    if number := node.get('number'):
+        self.body.append(f'<span class="eqno">({number})')
+        self.add_permalink_ref(node, 'Link to this equation')
+        self.body.append('</span>')
+    self.body.append('</div>\n')
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Offers the renderer ``mathml``."""
+    app.add_html_math_renderer('mathml', (_visit_inline, None), (_visit_display, None))
+    return {'parallel_read_safe': True, 'parallel_write_safe': True}

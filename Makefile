@@ -104,7 +104,7 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 # A warning is an error, and so is a notebook that fails or a page that loads anything
 # from elsewhere. Notebooks are kept in build/ and run again where something changed.
 docs: .venv-docs/.ready ## the site, with its notebooks run: build/docs/index.html
-	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet -j $(JOBS) \
+	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -j $(JOBS) \
 	  -d build/doctrees docs build/docs
 	.venv-docs/bin/python docs/_ext/offline.py build/docs
 

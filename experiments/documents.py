@@ -204,8 +204,9 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def documents() -> list[pathlib.Path]:
-    """README.md and the pages that report what was measured."""
-    return [README, *sorted(PAGES.glob('*.md'))]
+    """README.md and the pages that report what was measured; examples in them run."""
+    first = [ROOT / 'docs' / name for name in ('index.md', 'limits.md')]
+    return [README, *first, *sorted(PAGES.glob('*.md'))]
 
 
 def made() -> dict[pathlib.Path, str]:

@@ -45,9 +45,13 @@ _OPERATOR = re.compile('|'.join(_OPERATORS))
 # Upright words are one word, not a row of variables.
 _WORD = re.compile(r'\\(?:mathrm\{([A-Za-z]+)\}|(arg)\b)')
 _COMMAND = re.compile(r'\\[A-Za-z]+')
-# What the converter takes for variables and operators in turn.
-_FENCE = re.compile(r'<mi>(&#x0(?:230A|230B|2308|2309|27E8|27E9|2016);)</mi>')
-_NAMED = re.compile(r'<mo>([A-Za-z]{2,})</mo>')
+_SPACE = 'http://www.w3.org/1998/Math/MathML'
+# The converter takes these for variables.
+_FENCES = '⌊⌋⌈⌉⟨⟩‖'
+# What stands under them on a line of their own.
+_WITH_LIMITS = ('min', 'max', 'inf', 'sup', 'lim', 'argmin', 'argmax')
+
+ElementTree.register_namespace('', _SPACE)
 
 
 def mathml(latex: str, *, display: bool) -> str:
@@ -73,19 +77,27 @@ def mathml(latex: str, *, display: bool) -> str:
         made = latex2mathml.converter.convert(
             text, display='block' if display else 'inline'
         )
+        formula = ElementTree.fromstring(made)
     except Exception as error:
-        raise ValueError(
-            f'Formula cannot be converted: {latex!r}: {error!r}.'
-        ) from None
-    if unknown := _COMMAND.findall(html.unescape(made)):
+        raise ValueError(f'Formula is not understood: {latex!r}: {error!r}.') from None
+    if unknown := _COMMAND.findall(' '.join(formula.itertext())):
         raise ValueError(f'Formula has unknown commands {unknown}: {latex!r}.')
-    made = _FENCE.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', made)
-    made = _NAMED.sub(r'<mo lspace="0" rspace="0.17em">\1</mo>', made)
-    try:
-        ElementTree.fromstring(made)
-    except ElementTree.ParseError as error:
-        raise ValueError(f'Formula cannot be converted: {latex!r}: {error}.') from None
-    return made
+    _mend(formula, display=display)
+    return ElementTree.tostring(formula, encoding='unicode')
+
+
+def _mend(formula: ElementTree.Element, *, display: bool) -> None:
+    """Gives operators the space that TeX gives them."""
+    of = lambda tag: f'{{{_SPACE}}}{tag}'
+    for element in formula.iter():
+        text = element.text or ''
+        if element.tag == of('mi') and text and text in _FENCES:
+            element.tag = of('mo')
+            element.attrib.update(stretchy='false', lspace='0', rspace='0')
+        elif element.tag == of('mo') and len(text) > 1 and text.isalpha():
+            element.attrib.update(lspace='0', rspace='0.17em')
+        elif display and element.tag == of('msub') and element[0].text in _WITH_LIMITS:
+            element.tag = of('munder')
 
 
 def _made(node: nodes.math | nodes.math_block, *, display: bool) -> str:

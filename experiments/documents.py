@@ -194,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'lsq_images': lambda: _comparison('studies/quantization/results/cifar100_small/4'),
     'controllers': lambda: _of_study('controllers/results/summary.md'),
     'noise': lambda: _of_study('noise/results/noise.md'),
+    'defects': lambda: _of_study('defects/results/table.md'),
     'flatness': lambda: _of_study('flatness/results/noisy/table.md'),
     'lemma': lambda: _of_study('flatness/results/lemma1/lemma1.md'),
 }

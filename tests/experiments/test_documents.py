@@ -11,6 +11,7 @@ import pytest
 
 from experiments import documents
 from experiments.studies.controllers import report as controllers_report
+from experiments.studies.defects import report as defects
 from experiments.studies.flatness import report as flatness
 from experiments.studies.noise import __main__ as noise
 
@@ -80,6 +81,7 @@ def test_what_studies_wrote_is_made_from_their_numbers():
         lemma / 'table.md': flatness.markdown(measured[lemma]),
         lemma / 'lemma1.md': flatness.lemma(measured[lemma]),
         studies / 'noise/results/noise.md': noise.markdown(drawn),
+        studies / 'defects/results/table.md': defects.table(defects.load()),
         controllers / 'summary.md': controllers_report.summary(
             controllers_report.load(controllers),
             controllers_report.load(controllers / controllers_report.FRESH),

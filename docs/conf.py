@@ -67,6 +67,7 @@ autodoc_preserve_defaults = True
 # Docstrings give shapes and dtypes, which annotations do not.
 autodoc_typehints = 'none'
 napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 72

@@ -199,7 +199,7 @@ def window_uniforms(seed: int, window_index: jax.Array, window: int) -> jax.Arra
     Args:
         seed: chooses the stream.
         window_index: int32 scalar, the number of the window.
-        window: K.
+        window: K, how many steps one plan covers.
 
     Returns:
         A float32 array [K] in [0, 1), the same in 32- and 64-bit mode. (With
@@ -224,9 +224,9 @@ class ByVariation(SamplingRule):
     """vSAM: ⌊b⌋ samples a window, b driven by how much the PSF varies.
 
     Attributes:
-        window: K.
+        window: K, how many steps one plan covers.
         segments: S, divides K into groups of at least two.
-        warmup_steps: W.
+        warmup_steps: W, how many first steps are all sampled.
         norm_gain: α₁.
         variance_gain: α₂.
         max_rate: p_max.
@@ -308,7 +308,7 @@ class Periodic(SamplingRule):
     """Steps 0, k, 2k, … are sampled; k = 1 samples every step.
 
     Attributes:
-        every: k.
+        every: k, the steps from one sample to the next.
     """
 
     every: int

@@ -1,6 +1,7 @@
 """Formulas as MathML, made when the site is built: no script and no font is loaded."""
 
 import html
+import itertools
 import re
 from xml.etree import ElementTree
 
@@ -45,13 +46,16 @@ _OPERATOR = re.compile('|'.join(_OPERATORS))
 # Upright words are one word, not a row of variables.
 _WORD = re.compile(r'\\(?:mathrm\{([A-Za-z]+)\}|(arg)\b)')
 _COMMAND = re.compile(r'\\[A-Za-z]+')
-_SPACE = 'http://www.w3.org/1998/Math/MathML'
+_NAMESPACE = 'http://www.w3.org/1998/Math/MathML'
+_MI, _MO, _MROW, _MSPACE, _MSUB, _MUNDER = (
+    f'{{{_NAMESPACE}}}{tag}' for tag in ('mi', 'mo', 'mrow', 'mspace', 'msub', 'munder')
+)
 # The converter takes these for variables.
 _FENCES = '⌊⌋⌈⌉⟨⟩‖'
 # What stands under them on a line of their own.
 _WITH_LIMITS = ('min', 'max', 'inf', 'sup', 'lim', 'argmin', 'argmax')
 
-ElementTree.register_namespace('', _SPACE)
+ElementTree.register_namespace('', _NAMESPACE)
 
 
 def mathml(latex: str, *, display: bool) -> str:
@@ -71,7 +75,8 @@ def mathml(latex: str, *, display: bool) -> str:
     """
     text = _OPERATOR.sub(lambda found: _OPERATORS[found[0]], latex.strip())
     text = _WORD.sub(lambda found: rf'\operatorname{{{found[1] or found[2]}}}', text)
-    if display and (r'\\' in text or '&' in text) and r'\begin' not in text:
+    text = text.replace('{aligned}', '{split}')
+    if display and (r'\\' in text or '&' in text) and not text.startswith(r'\begin'):
         text = rf'\begin{{split}}{text}\end{{split}}'
     try:
         made = latex2mathml.converter.convert(
@@ -87,17 +92,32 @@ def mathml(latex: str, *, display: bool) -> str:
 
 
 def _mend(formula: ElementTree.Element, *, display: bool) -> None:
-    """Gives operators the space that TeX gives them."""
-    of = lambda tag: f'{{{_SPACE}}}{tag}'
+    """Tells operators from variables, and gives them the space that TeX gives them."""
     for element in formula.iter():
         text = element.text or ''
-        if element.tag == of('mi') and text and text in _FENCES:
-            element.tag = of('mo')
+        if element.tag == _MI and text and text in _FENCES:
+            element.tag = _MO
             element.attrib.update(stretchy='false', lspace='0', rspace='0')
-        elif element.tag == of('mo') and len(text) > 1 and text.isalpha():
-            element.attrib.update(lspace='0', rspace='0.17em')
-        elif display and element.tag == of('msub') and element[0].text in _WITH_LIMITS:
-            element.tag = of('munder')
+        elif element.tag == _MO and len(text) > 1 and text.isalpha():
+            element.tag = _MI
+        elif display and element.tag == _MSUB and element[0].text in _WITH_LIMITS:
+            element.tag = _MUNDER
+    for element in list(formula.iter()):
+        if element.tag != _MROW:
+            continue
+        children = list(element)
+        for before, after in reversed(list(itertools.pairwise(children))):
+            apart = _MO in (before.tag, after.tag) or _MSPACE in (before.tag, after.tag)
+            if not apart and (_is_named(before) or _is_named(after)):
+                space = ElementTree.Element(_MSPACE, width='0.167em')
+                element.insert(children.index(after), space)
+
+
+def _is_named(element: ElementTree.Element) -> bool:
+    """Whether it is a function with a name, such as max, perhaps with a subscript."""
+    if element.tag in (_MSUB, _MUNDER):
+        element = element[0]
+    return element.tag == _MI and len(element.text or '') > 1
 
 
 def _made(node: nodes.math | nodes.math_block, *, display: bool) -> str:

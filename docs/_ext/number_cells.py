@@ -7,7 +7,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
 # A figure, perhaps with what is around it: 1.00 (0.95–1.07), +2.7 [+1.8, +3.5], 22 ± 1.
-_FIGURE = re.compile(r'[+\-−]?\d[\d.,e+\-−–±/%×() \[\]]{0,30}')
+_FIGURE = re.compile(r'–|[+\-−]?\d[\d.,e+\-−–±/%×() \[\]]{0,30}')
 
 
 class _Mark(SphinxTransform):

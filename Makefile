@@ -1,6 +1,7 @@
 # make demo   trains on handwritten digits with wrong labels and shows what vSAM gains
 # make check  lint, types, the tests of the library: while one works on it
 # make test   lint, types, tests, doctests, wheel; what continuous integration runs
+# make docs   the site, into build/docs
 # make help   all of them
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
 
 ifeq ($(ACCELERATOR),)
 # XLA allocates the temporaries of a program anew at every call; glibc gets large ones
-# back from the kernel faster in huge pages (docs/cost.md).
+# back from the kernel faster in huge pages (docs/evidence/cost.md).
 demo bench profile paper: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 else ifeq ($(filter $(ACCELERATOR),cuda12 cuda13 tpu),)
 $(error ACCELERATOR must be cuda12, cuda13, tpu or nothing, got $(ACCELERATOR))
@@ -33,13 +34,14 @@ endif
 # of CUDA 12 overwrite each other.
 PEERS := $(if $(filter cuda12 tpu,$(ACCELERATOR)),experiments,benchmark)
 
-.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel release bench profile paper clean
+.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel docs release bench profile paper clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
 
 # A virtual environment per extra, made anew when its requirements change.
 .venv-test/.ready: EXTRA = dev
+.venv-docs/.ready: EXTRA = docs
 .venv-demo/.ready: EXTRA = experiments
 .venv-release/.ready: EXTRA = release
 $(BENCH_ENV)/.ready: EXTRA = $(PEERS)$(ACCELERATOR:%=,%)
@@ -114,6 +116,13 @@ release: .venv-test/.ready .venv-release/.ready ## a release but for the upload:
 	mkdir build/release/sdist && tar -xzf dist/*.tar.gz -C build/release/sdist --strip-components=1
 	cd build/release/sdist && $(CURDIR)/$(TEST)/python -m pytest -q tests/test_release.py tests/library/test_plan.py
 	@$(RELEASE)/python -m tests.release --next
+
+# A warning is an error, and so is a notebook that fails or a page that loads anything
+# from elsewhere. Notebooks are kept in build/ and run again where something changed.
+docs: .venv-docs/.ready ## the site, with its notebooks run: build/docs/index.html
+	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet -j $(JOBS) \
+	  -d build/doctrees docs build/docs
+	.venv-docs/bin/python docs/_ext/offline.py build/docs
 
 # make bench ACCELERATOR=cuda13: on a GPU, also without CUDA graphs (command buffers).
 MEASURED := experiments/results/benchmark/$(or $(ACCELERATOR),cpu)

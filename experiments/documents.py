@@ -1,14 +1,17 @@
-"""Puts measured tables into README.md and docs/, so that none is typed by hand.
+"""Writes the measured tables of the documents, so that none is typed by hand.
 
     python -m experiments.documents            # writes them
     python -m experiments.documents --check    # fails if one would change
 
-A table stands between ``<!-- begin: name -->`` and ``<!-- end: name -->``. It is made
-from a result file in ``experiments/results``, or is what the report of a study wrote.
+Each table is a file of its own in docs/evidence/measured, which pages include. In
+README.md, which code hosts show without includes, a table stands between
+``<!-- begin: name -->`` and ``<!-- end: name -->``. A table is made from a result file
+in ``experiments/results``, or is what the report of a study wrote.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import sys
@@ -21,6 +24,9 @@ from experiments.report.provenance import device_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENTS = pathlib.Path(__file__).parent
+README = ROOT / 'README.md'
+PAGES = ROOT / 'docs' / 'evidence'
+MEASURED = PAGES / 'measured'
 
 
 def _comparison(folder: str) -> str:
@@ -188,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     'lsq_images': lambda: _comparison('studies/quantization/results/cifar100_small/4'),
     'controllers': lambda: _of_study('controllers/results/summary.md'),
     'noise': lambda: _of_study('noise/results/noise.md'),
+    'defects': lambda: _of_study('defects/results/table.md'),
     'flatness': lambda: _of_study('flatness/results/noisy/table.md'),
     'lemma': lambda: _of_study('flatness/results/lemma1/lemma1.md'),
 }
@@ -198,15 +205,45 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def documents() -> list[pathlib.Path]:
-    """README.md and what it points to."""
-    return [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+    """README.md and the pages that report what was measured; examples in them run."""
+    first = [ROOT / 'docs' / name for name in ('index.md', 'limits.md')]
+    return [README, *first, *sorted(PAGES.glob('*.md'))]
 
 
-def render(file: pathlib.Path) -> str:
-    """The text of a document with every table made anew.
+def made() -> dict[pathlib.Path, str]:
+    """Every file that has a table, with the text that it should have."""
+    files = {MEASURED / f'{name}.md': table(name, MEASURED) for name in TABLES}
+    return {README: with_tables(README), **files}
+
+
+def table(name: str, folder: pathlib.Path) -> str:
+    """A table made anew.
 
     Args:
-        file: README.md or a file in docs/.
+        name: of :data:`TABLES`.
+        folder: where the file that it stands in lies; links start there.
+
+    Returns:
+        Markdown that ends with a newline.
+
+    Raises:
+        ValueError: if nothing makes it.
+    """
+    if name not in TABLES:
+        raise ValueError(f'Table must be one of {list(TABLES)}, got {name!r}.')
+
+    def link(match: re.Match[str]) -> str:
+        return f']({os.path.relpath(ROOT / match[1], folder)}'
+
+    # Tables are made with their links from the root.
+    return re.sub(r'\]\(((?:docs|experiments)/[^)#]+)', link, TABLES[name]())
+
+
+def with_tables(file: pathlib.Path) -> str:
+    """The text of a document with every table between marks made anew.
+
+    Args:
+        file: the document.
 
     Returns:
         The text.
@@ -214,34 +251,27 @@ def render(file: pathlib.Path) -> str:
     Raises:
         ValueError: for a table that nothing makes.
     """
-    # Tables have their links from the root.
-    up = '../' * (len(file.relative_to(ROOT).parts) - 1)
 
-    def table(match: re.Match[str]) -> str:
+    def block(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
-        if name not in TABLES:
-            raise ValueError(
-                f'{file.name}: table must be one of {list(TABLES)}, got {name!r}.'
-            )
-        made = TABLES[name]().replace('](experiments/', f']({up}experiments/')
-        return f'{begin}\n{made}{end}'
+        return f'{begin}\n{table(name, file.parent)}{end}'
 
     pattern = r'(<!-- begin: (\w+) -->)\n.*?(<!-- end: \2 -->)'
-    return re.sub(pattern, table, file.read_text(), flags=re.DOTALL)
+    return re.sub(pattern, block, file.read_text(), flags=re.DOTALL)
 
 
 def main() -> int:
-    """Writes or checks the documents."""
+    """Writes or checks the files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--check', action='store_true', help='write nothing')
     check = parser.parse_args().check
     outdated = []
-    for file in documents():
-        new = render(file)
-        if new != file.read_text():
+    for file, text in made().items():
+        if not file.exists() or text != file.read_text():
             outdated.append(file.name)
             if not check:
-                file.write_text(new)
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(text)
     if check:
         print('out of date: ' + ', '.join(outdated) if outdated else 'up to date')
     return int(check and bool(outdated))

@@ -3,8 +3,8 @@ r"""Relatives of SAM, each as its authors define it.
 Each is a choice of where, when and how, put together by
 :func:`vsam_jax.sharpness_aware`. ``update``, masks and state are those of
 :func:`vsam_jax.vsam`. Most are held to runs that a program of their authors recorded;
-docs/conformance.md names the program and the largest difference. Defaults are start
-values, not always the authors' own.
+docs/evidence/conformance.md names the program and the largest difference. Defaults are
+start values, not always the authors' own.
 """
 
 import optax

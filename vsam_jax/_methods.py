@@ -433,7 +433,7 @@ def asam(
     Args:
         rho: ρ, as in :func:`vsam`; about ten times that of SAM.
         eta: η >= 0.
-        scale_mask: which tensors have T = |w| + η; the others have T = 1. A mask
+        scale_mask: which tensors have T = \|w| + η; the others have T = 1. A mask
             in the convention of :func:`vsam`. None scales all.
         perturb_mask: which tensors are perturbed, as in :func:`vsam`.
 

@@ -21,7 +21,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
             of a chain, of a wrapper, a train state, an ``nnx.Optimizer``.
 
     Returns:
-        Scalars by name (or stacked ones, where the state is stacked):
+        A dictionary of scalars, or of stacked ones where the state is stacked. Its
+        keys are:
 
         - ``sampling_rate``: the share of updates so far that took a second gradient.
         - ``budget``: b, how many steps of the current window are sampled (⌊b⌋; after

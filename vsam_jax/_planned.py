@@ -20,7 +20,7 @@ class PlannedStep:
     Which steps of a window are sampled is known before the window starts. So the host
     can read the plan and run a program that always or never takes the second gradient.
     A reuse step then needs no memory for a second pass, and no predicate travels from a
-    GPU to the host. The step is the one of a traced run, and is not told:
+    GPU to the host. The step is the one of a traced run, and is not told::
 
       step = vsam_jax.PlannedStep(train_step)   # instead of jax.jit(train_step)
       for batch in batches:

@@ -65,6 +65,7 @@ class StatefulPerturbation(abc.ABC):
         """ε; ``memory`` is that of before this step."""
 
 
+#: Maps a gradient, the parameters and ρ to ε: a function, or an object with a memory.
 Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree] | StatefulPerturbation
 
 _NORM = re.compile(
@@ -428,7 +429,7 @@ def perturb(
     Args:
         perturbation: maps (g, w, ρ) to ε, for instance :func:`l2_ascent`.
         grads: g, a tree of arrays like ``params``.
-        params: w.
+        params: the parameters w.
         rho: ρ, a scalar.
         mask: a tree of booleans like ``params``. Tensors at False stay as they are
             and do not count in the norm: their g is zero. None perturbs all.

@@ -98,7 +98,7 @@ def reuse_weight(
     Args:
         age: a, an int32 scalar.
         decay: β.
-        reuse_steps: R.
+        reuse_steps: R, the oldest age at which a PSF is reused.
         dtype: of the result.
 
     Returns:
@@ -215,7 +215,7 @@ class DecayedDifference(Difference):
 
     Attributes:
         decay: β.
-        reuse_steps: R.
+        reuse_steps: R, the oldest age at which a PSF is reused.
     """
 
     decay: float

@@ -7,7 +7,7 @@ a window changes its plan, so a host can read the plan once and then pick
 between compiled programs (:class:`vsam_jax.PlannedStep`).
 
 A rule is a frozen dataclass of static numbers with the methods of
-:class:`SamplingRule`; what changes over training (:class:`Rings`, the budget)
+:class:`SamplingRule`; what changes over training (:class:`.Rings`, the budget)
 is passed in and returned.
 """
 
@@ -39,7 +39,7 @@ __all__ = [
 class SamplingRule:
     """What a rule offers; all methods are pure and traceable.
 
-    A rule of one's own is a subclass, best a frozen dataclass, with :attr:`window` and
+    A rule of one's own is a subclass, best a frozen dataclass, with ``window`` and
     :meth:`plan`. The rest has defaults, those of a rule whose budget never changes. One
     that decides by the gradient at hand has :meth:`init_memory` and :meth:`decide`
     instead of a plan.
@@ -199,7 +199,7 @@ def window_uniforms(seed: int, window_index: jax.Array, window: int) -> jax.Arra
     Args:
         seed: chooses the stream.
         window_index: int32 scalar, the number of the window.
-        window: K.
+        window: K, how many steps one plan covers.
 
     Returns:
         A float32 array [K] in [0, 1), the same in 32- and 64-bit mode. (With
@@ -224,9 +224,9 @@ class ByVariation(SamplingRule):
     """vSAM: ⌊b⌋ samples a window, b driven by how much the PSF varies.
 
     Attributes:
-        window: K.
+        window: K, how many steps one plan covers.
         segments: S, divides K into groups of at least two.
-        warmup_steps: W.
+        warmup_steps: W, how many first steps are all sampled.
         norm_gain: α₁.
         variance_gain: α₂.
         max_rate: p_max.
@@ -308,7 +308,7 @@ class Periodic(SamplingRule):
     """Steps 0, k, 2k, … are sampled; k = 1 samples every step.
 
     Attributes:
-        every: k.
+        every: k, the steps from one sample to the next.
     """
 
     every: int

@@ -1,4 +1,7 @@
-"""What README.md and docs/ say: examples run, tables are those of the result files."""
+"""What the documents say: examples run, tables are those of the result files.
+
+Pages in docs/start and docs/guides run when the site is built.
+"""
 
 import importlib.util
 import json
@@ -8,6 +11,7 @@ import pytest
 
 from experiments import documents
 from experiments.studies.controllers import report as controllers_report
+from experiments.studies.defects import report as defects
 from experiments.studies.flatness import report as flatness
 from experiments.studies.noise import __main__ as noise
 
@@ -15,7 +19,11 @@ FILES = {file.name: file for file in documents.documents()}
 # What people read besides, by its place.
 READ = {
     str(file.relative_to(documents.ROOT)): file
-    for file in (*FILES.values(), *documents.EXPERIMENTS.rglob('README.md'))
+    for file in (
+        *FILES.values(),
+        *documents.MEASURED.glob('*.md'),
+        *documents.EXPERIMENTS.rglob('README.md'),
+    )
 }
 RESULTS = sorted(
     str(file.relative_to(documents.ROOT))
@@ -35,9 +43,22 @@ def test_an_example_runs_as_it_stands(file, example):
     exec(compile(example, str(file), 'exec'), {})
 
 
-@pytest.mark.parametrize('name', FILES)
-def test_tables_are_made_from_the_result_files(name):
-    assert documents.render(FILES[name]) == FILES[name].read_text()
+def test_tables_are_made_from_the_result_files():
+    for file, text in documents.made().items():
+        assert file.read_text() == text, file
+
+
+def test_pages_include_the_tables_that_are_made():
+    included = set()
+    for page in (documents.ROOT / 'docs').rglob('*.md'):
+        for place in re.findall(
+            r'^```{include} (\S*measured/\S+)', page.read_text(), re.M
+        ):
+            file = (page.parent / place).resolve()
+            assert file.exists(), (page, place)
+            included.add(file)
+    assert included <= documents.made().keys()
+    assert set(documents.MEASURED.iterdir()) <= documents.made().keys()
 
 
 def test_what_studies_wrote_is_made_from_their_numbers():
@@ -60,6 +81,7 @@ def test_what_studies_wrote_is_made_from_their_numbers():
         lemma / 'table.md': flatness.markdown(measured[lemma]),
         lemma / 'lemma1.md': flatness.lemma(measured[lemma]),
         studies / 'noise/results/noise.md': noise.markdown(drawn),
+        studies / 'defects/results/table.md': defects.table(defects.load()),
         controllers / 'summary.md': controllers_report.summary(
             controllers_report.load(controllers),
             controllers_report.load(controllers / controllers_report.FRESH),

@@ -1,4 +1,4 @@
-"""What a sharded run holds and sends, as docs/scale.md derives it."""
+"""What a sharded run holds and sends, as docs/evidence/scale.md derives it."""
 
 import functools
 from typing import Any
@@ -63,5 +63,5 @@ def test_collectives_are_counted():
 
 
 def test_the_page_holds_what_the_formulas_give():
-    text = (documents.ROOT / 'docs' / 'scale.md').read_text()
+    text = (documents.ROOT / 'docs' / 'evidence' / 'scale.md').read_text()
     assert scale.table(scale.Layout(1e9, 256)) in text

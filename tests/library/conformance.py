@@ -2,7 +2,7 @@
 
     python -m tests.library.conformance
 
-makes them all and writes docs/conformance.md.
+makes them all and writes docs/evidence/conformance.md.
 """
 
 import dataclasses
@@ -216,7 +216,7 @@ def largest_difference(name: str) -> float:
     return worst
 
 
-PAGE = pathlib.Path(__file__).parents[2] / 'docs' / 'conformance.md'
+PAGE = pathlib.Path(__file__).parents[2] / 'docs/evidence/conformance.md'
 TEXT = """# Conformance
 
 Methods are held to runs of 60 steps that programs of their authors recorded in
@@ -259,7 +259,7 @@ Made with {versions}: `python -m tests.library.conformance`.
 
 
 def page() -> str:
-    """docs/conformance.md: every record, compared now."""
+    """docs/evidence/conformance.md: every record, compared now."""
     lines = [
         '| Method | Of this library | Made by | Steps | Largest difference |',
         '| --- | --- | --- | --- | --- |',

@@ -278,8 +278,8 @@ def summary(
     text = (
         tables.markdown(*short_rows(reports))
         + f'\n{EXPLANATION} {provenance.device_of(reports[0])}, jax'
-        f' {", ".join(versions)}. All candidates and the commands:'
-        ' [`table.md`](experiments/studies/controllers/results/table.md).'
+        f' {", ".join(versions)}.'
+        ' [All candidates and the commands](docs/evidence/tables.md#controllers).'
     )
     if not fresh:
         return text + '\n'

@@ -1,10 +1,9 @@
 r"""Measures what public implementations compute beside what the authors' formulas give.
 
     python -m experiments.studies.defects \
-        --output=experiments/studies/defects/results/defects.json \
-        --page=docs/known_defects.md
+        --output=experiments/studies/defects/results/defects.json
 
-A package that is not installed is left out.
+The table is written beside the output. A package that is not installed is left out.
 """
 
 import argparse
@@ -32,7 +31,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=pathlib.Path, help='the JSON file')
-    parser.add_argument('--page', type=pathlib.Path, help='whose table is made anew')
     parser.add_argument(
         '--packages',
         type=lambda text: text.split(','),
@@ -44,8 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown:
         parser.error(f'--packages: {", ".join(unknown)}: not {", ".join(PACKAGES)}')
     chosen = [name for name in options.packages if _is_installed(name)]
-    if options.page and chosen != list(PACKAGES):
-        parser.error(f'--page: the table wants all of {", ".join(PACKAGES)} installed')
 
     versions = {'python': platform.python_version()}
     findings = []
@@ -64,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.output:
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         options.output.write_text(f'{text}\n')
-    if options.page:
-        page = options.page.read_text()
-        options.page.write_text(report.with_block(page, content))
+        options.output.with_name('table.md').write_text(report.table(content))
 
 
 def findings_of(package: str) -> list[Finding]:

@@ -1,17 +1,12 @@
-"""The result file, and its table in the page."""
+"""The result file, and its table."""
 
 import json
 import pathlib
-import re
 from typing import Any
 
 from experiments.studies.defects.finding import Finding, shown
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'defects.json'
-
-_BLOCK = re.compile(
-    r'(<!-- begin: defects -->[^\n]*\n).*?(<!-- end: defects -->)', re.DOTALL
-)
 
 
 def content_of(
@@ -39,7 +34,7 @@ def load(path: pathlib.Path = RESULTS) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def block(content: dict[str, Any]) -> str:
+def table(content: dict[str, Any]) -> str:
     """The table of a result file, in Markdown.
 
     Args:
@@ -68,23 +63,3 @@ def block(content: dict[str, Any]) -> str:
         '\n'.join(lines) + '\n\nRight: what the formula of the authors gives.'
         f' Python {versions["python"]}, {others}. Command: `{content["command"]}`.\n'
     )
-
-
-def with_block(page: str, content: dict[str, Any]) -> str:
-    """The text of a page with the table made anew.
-
-    Args:
-        page: the old text, with the markers of the table in it.
-        content: as :func:`content_of` makes it.
-
-    Returns:
-        The new text.
-
-    Raises:
-        ValueError: unless the markers are there once.
-    """
-    table = block(content)
-    new, number = _BLOCK.subn(lambda found: f'{found[1]}{table}{found[2]}', page)
-    if number != 1:
-        raise ValueError(f'the page must have one table of defects, got {number}.')
-    return new

@@ -1,5 +1,6 @@
 """A file of results, a line of JSON each, that several processes may add to."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -8,6 +9,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments.common import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run that is to be made, and ends as a line of a :class:`Ledger`.
+
+    Attributes:
+        key: what it is called in the file; also where it is made, below the workdir.
+        config: every number of it.
+        notes: what its line says besides the results.
+        seconds: how long it is expected to take.
+        tests: whether its line has results on the test examples. What settings are
+            chosen with has none.
+    """
+
+    key: str
+    config: Any
+    notes: Mapping[str, Any]
+    seconds: float = 1.0
+    tests: bool = True
 
 
 class Ledger:

@@ -65,9 +65,7 @@ def get_config(regime: str = 'noisy') -> ml_collections.ConfigDict:
     # or 600.
     vsam.update({'window': 20, 'warmup_steps': 3 * epoch if few else 60})
 
-    config.compare.update(
-        {'seeds': tuple(range(5 if few else 3)), 'timing_steps': 10}
-    )
+    config.compare.update({'seeds': tuple(range(5 if few else 3)), 'timing_steps': 10})
     # Learning rate and ρ (for SAF: the weight of its term) are tuned together; SGD,
     # which has but one of them, gets more values of it.
     rhos = {

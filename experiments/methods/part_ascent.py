@@ -1,4 +1,4 @@
-"""SAM whose ascent is that of a part of the mini-batch: the second gradient is whole."""
+"""SAM whose ascent is that of a part of the mini-batch."""
 
 import dataclasses
 import math

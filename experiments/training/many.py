@@ -1,6 +1,6 @@
 """Many runs, each of which ends as a line of one file."""
 
-import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from experiments.common import configuration, progress
-from experiments.common.ledger import Ledger
+from experiments.common import configuration, files, progress
+from experiments.common.ledger import Job, Ledger
 from experiments.data import sources
 from experiments.data.examples import Dataset
 from experiments.training.experiment import Experiment, build
@@ -20,31 +20,11 @@ from experiments.training.experiment import Experiment, build
 Train = Callable[..., dict[str, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A run that is to be made.
-
-    Attributes:
-        key: what it is called in the file; also where it is made, below the workdir.
-        config: every number of it.
-        notes: what its line says besides the results.
-        seconds: how long it is expected to take.
-        tests: whether its line has results on the test examples. What settings are
-            chosen with has none.
-    """
-
-    key: str
-    config: Any
-    notes: Mapping[str, Any]
-    seconds: float = 1.0
-    tests: bool = True
-
-
 class Maker:
     """Makes runs one after the other.
 
-    Runs in a row that differ in nothing but seed, learning rate and ρ have the same
-    programs, which are compiled for the first of them.
+    Runs that differ in nothing but seed, learning rate and ρ have the same programs,
+    which are compiled for the first of them and kept until one has other data.
 
     Args:
         ledger: where the lines go.
@@ -61,7 +41,7 @@ class Maker:
         self._train = train
         self._keep = keep
         self._data: tuple[str, Dataset] | None = None
-        self._programs: tuple[str, Experiment] | None = None
+        self._programs: dict[str, Experiment] = {}
 
     def work(
         self,
@@ -74,16 +54,29 @@ class Maker:
 
         Args:
             jobs: the jobs that can be made as the ledger stands.
-            total: expected seconds of all of them, for the time left.
+            total: expected seconds of those that are left, for the time left.
             title: of the progress bar.
+
+        Raises:
+            ConfigError: if the ledger has one of the runs with other settings.
         """
         with progress.bar(max(round(total), 1), title) as bar:
-            while todo := [job for job in jobs() if job.key not in self._ledger]:
+            while todo := [job for job in jobs() if not self._is_made(job)]:
                 for job in todo:
                     bar.note(job.key)
                     self.make(job)
                     bar.advance(max(round(job.seconds), 1))
                 self._ledger.reload()
+
+    def _is_made(self, job: Job) -> bool:
+        if job.key not in self._ledger:
+            return False
+        if self._ledger[job.key]['settings'] != digest(job.config):
+            raise configuration.ConfigError(
+                f'the results hold {job.key} with other settings: take another file, or'
+                ' leave that line out to make the run again.'
+            )
+        return True
 
     def make(self, job: Job) -> dict[str, Any]:
         """Makes a run, whatever the ledger holds, and writes its line.
@@ -98,7 +91,8 @@ class Maker:
             job.config, path, experiment=experiment, bar=progress.Bar()
         )
         wall = time.perf_counter() - begun
-        self._ledger.add(job.key, {**job.notes, **line_of(result, job.tests, wall)})
+        line = {**line_of(result, job.tests, wall), 'settings': digest(job.config)}
+        self._ledger.add(job.key, {**job.notes, **line})
         if not self._keep:
             shutil.rmtree(path)
         return result
@@ -108,13 +102,19 @@ class Maker:
         data = json.dumps(settings['data'])
         if self._data is None or self._data[0] != data:
             # Programs of another task, which are not run again.
-            self._programs = None
+            self._programs = {}
             jax.clear_caches()
             self._data = (data, sources.load(config.data))
         programs = json.dumps(_of_programs(settings))
-        if self._programs is None or self._programs[0] != programs:
-            self._programs = (programs, build(config, self._data[1], shared=True))
-        return self._programs[1].with_config(config)
+        if programs not in self._programs:
+            self._programs[programs] = build(config, self._data[1], shared=True)
+        return self._programs[programs].with_config(config)
+
+
+def digest(config: Any) -> str:
+    """Eight characters that tell the settings of a run from others."""
+    text = json.dumps(files.jsonable(configuration.of_run(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _of_programs(settings: Mapping[str, Any]) -> dict[str, Any]:

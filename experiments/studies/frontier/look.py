@@ -3,9 +3,9 @@ r"""Looks where SAM gains over SGD with right labels, cheaply.
     python -m experiments.studies.frontier.look \
         --output=experiments/studies/frontier/results/look.jsonl
 
-Each candidate (``tasks.CANDIDATES``): the base optimizer at three learning rates, SAM at
-three radii and two rates, one seed; then both at their best with two other seeds. What
-is in the output is not made again. ``table.md``'s like is written beside it.
+Each candidate (``tasks.CANDIDATES``): the base optimizer at three learning rates, SAM
+at three radii and two rates, one seed; then both at their best with two other seeds.
+What is in the output is not made again. A table is written beside it.
 """
 
 import argparse
@@ -18,7 +18,8 @@ from experiments.common.ledger import Ledger
 from experiments.report import provenance, statistics, tables
 from experiments.studies.frontier import protocol
 from experiments.studies.frontier.protocol import Unit
-from experiments.studies.frontier.tasks import CANDIDATES, Effort, Task
+from experiments.studies.frontier.task import Effort, Task
+from experiments.studies.frontier.tasks import CANDIDATES
 from experiments.training.loop import train
 from experiments.training.many import Maker
 
@@ -52,7 +53,9 @@ def look_of(task: Task, epochs: float = 1.0, seeds: int = 2) -> Look:
         epochs: the share of its epochs that is run.
         seeds: how many seeds are reported.
     """
-    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(task)}
+    fields = {
+        field.name: getattr(task, field.name) for field in dataclasses.fields(task)
+    }
     changes = fields.pop('changes')
     if epochs != 1:
         number = max(round(epochs * task.config().epochs), 1)
@@ -125,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = options.tasks.split(',')
     unknown = [name for name in names if name not in CANDIDATES]
     if unknown:
-        parser.error(f'--tasks: {", ".join(unknown)}: there are {", ".join(CANDIDATES)}')
+        parser.error(
+            f'--tasks: {", ".join(unknown)}: there are {", ".join(CANDIDATES)}'
+        )
     looks = {
         name: look_of(CANDIDATES[name], options.epochs, options.seeds) for name in names
     }

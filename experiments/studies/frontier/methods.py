@@ -19,8 +19,8 @@ class Method:
         centre: the radius in the middle of those tried, a multiple of the one chosen
             for SAM. Lean SAM takes √share of it by itself.
         spacing: the radii tried, as multiples of that.
-        cost: which probe says how long a run takes: ``'one'`` gradient a step, ``'two'``
-            or ``'some'`` more than one.
+        cost: which probe says how long a run takes: ``'one'`` gradient a step,
+            ``'two'``, or ``'some'`` more than one.
         everywhere: whether it takes part in long tasks too.
     """
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from experiments.common import configuration
-from experiments.common.ledger import Ledger
+from experiments.common.ledger import Job, Ledger
 from experiments.studies.frontier.methods import METHODS
-from experiments.studies.frontier.tasks import Task
-from experiments.training.many import Job
+from experiments.studies.frontier.task import Task
 
 # A radius and a learning rate.
 Pair = tuple[float, float]

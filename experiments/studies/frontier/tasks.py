@@ -1,101 +1,23 @@
-"""The tasks, how many runs each is given, and what settings are looked for among."""
+"""The tasks, and what settings are looked for among."""
 
-import dataclasses
 from typing import Any
 
-from experiments.common import configuration
 from experiments.configs import cifar100_small, digits_tasks, right_labels
-from experiments.studies.frontier.methods import METHODS, Method
+from experiments.studies.frontier.task import Task
 
-
-@dataclasses.dataclass(frozen=True)
-class Effort:
-    """How much is run on a task.
-
-    Attributes:
-        tuning: the seeds that settings are chosen with.
-        seeds: those that are reported.
-        everything: whether all methods take part, or those of ``everywhere`` alone.
-    """
-
-    tuning: tuple[int, ...]
-    seeds: tuple[int, ...]
-    everything: bool
-
-
-# By how long a run takes: under 5 s, under 30 s, longer.
-EFFORTS = {
-    'short': Effort((600, 601), tuple(range(700, 712)), True),
-    'middle': Effort((600,), tuple(range(700, 705)), True),
-    'long': Effort((600,), tuple(range(700, 705)), False),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What is learnt.
-
-    Attributes:
-        title: how it is called in tables.
-        module: the configuration, a module of ``experiments.configs``.
-        name: the argument of its ``get_config``.
-        effort: a key of :data:`EFFORTS`.
-        radii: ρ of SAM; the other methods have multiples of the one chosen.
-        rates: learning rates of SAM; the others have the one chosen.
-        sgd_rates: those of SGD (AdamW, where that is the base optimizer).
-        changes: dotted paths in the configuration and their values.
-        judge: what settings are chosen by, ``'accuracy'`` or ``'loss'`` on validation
-            examples. Of text it is the loss; what is compared is the accuracy.
-    """
-
-    title: str
-    module: Any
-    name: str
-    effort: str
-    radii: tuple[float, ...]
-    rates: tuple[float, ...]
-    sgd_rates: tuple[float, ...]
-    changes: tuple[tuple[str, Any], ...] = ()
-    judge: str = 'accuracy'
-
-    @property
-    def work(self) -> Effort:
-        """How much is run."""
-        return EFFORTS[self.effort]
-
-    @property
-    def methods(self) -> dict[str, Method]:
-        """Those that take part."""
-        everything = self.work.everything
-        return {n: m for n, m in METHODS.items() if everything or m.everywhere}
-
-    def config(self) -> Any:
-        """The configuration: evaluated once, at the end, and without checkpoints."""
-        config = self.module.get_config(self.name)
-        return configuration.with_values(
-            config,
-            {
-                'log_every': max(config.epochs // 5, 1),
-                'eval_every': config.epochs,
-                'checkpoint_every': 0,
-                **dict(self.changes),
-            },
-        )
-
-
-_MLP = {
+_MLP: Any = {
     'radii': (0.5, 0.7, 1.0, 1.4, 2.0),
     'rates': (0.007, 0.02, 0.06),
     'sgd_rates': (0.0003, 0.001, 0.003, 0.01, 0.03),
     # A part of an eighth must be possible; an epoch has ten steps as with 100.
     'changes': (('batch_size', 96),),
 }
-_ADAMW = {
+_ADAMW: Any = {
     'radii': (0.05, 0.1, 0.2, 0.4, 0.8),
     'rates': (1e-3, 3e-3, 1e-2),
     'sgd_rates': (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 }
-_CLEAN = {
+_CLEAN: Any = {
     'radii': (0.05, 0.1, 0.2, 0.4, 0.8),
     'rates': (0.03, 0.1, 0.3),
     'sgd_rates': (0.01, 0.03, 0.1, 0.3, 1.0),
@@ -103,9 +25,7 @@ _CLEAN = {
 
 # Wrong labels, but for the second.
 NOISY = {
-    'mlp_200': Task(
-        'digits, MLP, 200 steps', digits_tasks, 'mlp_200', 'short', **_MLP
-    ),
+    'mlp_200': Task('digits, MLP, 200 steps', digits_tasks, 'mlp_200', 'short', **_MLP),
     'clean_600': Task(
         'digits, MLP, 600 steps, right labels',
         digits_tasks,
@@ -116,9 +36,7 @@ NOISY = {
         sgd_rates=(0.01, 0.03, 0.1, 0.3, 1.0),
         changes=_MLP['changes'],
     ),
-    'mlp_600': Task(
-        'digits, MLP, 600 steps', digits_tasks, 'mlp_600', 'short', **_MLP
-    ),
+    'mlp_600': Task('digits, MLP, 600 steps', digits_tasks, 'mlp_600', 'short', **_MLP),
     'mlp_2000': Task(
         'digits, MLP, 2,000 steps', digits_tasks, 'mlp_2000', 'middle', **_MLP
     ),

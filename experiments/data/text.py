@@ -1,9 +1,10 @@
 """Bytes of text that is on every machine: the sources of Python's standard library."""
 
 import functools
+import os
 import pathlib
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -67,14 +68,17 @@ def standard_library(
 def _text(split: str, split_seed: int) -> np.ndarray:
     """The bytes of the files of a split, one file after the other."""
     folder = pathlib.Path(sysconfig.get_path('stdlib'))
-    files = sorted(path for path in folder.rglob('*.py') if _belongs(path, folder))
+    files = sorted(_files(folder))
     order = np.random.default_rng(split_seed).permutation(len(files))
     chosen = [files[i] for n, i in enumerate(order) if n % 10 in _FOLDS[split]]
     return np.frombuffer(b'\n'.join(f.read_bytes() for f in chosen), np.uint8)
 
 
-def _belongs(path: pathlib.Path, folder: pathlib.Path) -> bool:
-    # What the build wrote (_sysconfigdata) differs from machine to machine.
-    return not _LEFT_OUT & set(path.relative_to(folder).parts) and not (
-        path.name.startswith('_sysconfigdata')
-    )
+def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    for place, folders, names in os.walk(folder):
+        # Not gone into: what is installed may be thousands of files.
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        for name in names:
+            # What the build wrote (_sysconfigdata) differs from machine to machine.
+            if name.endswith('.py') and not name.startswith('_sysconfigdata'):
+                yield pathlib.Path(place, name)

@@ -1,6 +1,8 @@
 """What a task is, and how many runs it is given."""
 
+import copy
 import dataclasses
+import functools
 from typing import Any
 
 from experiments.common import configuration
@@ -70,13 +72,18 @@ class Task:
 
     def config(self) -> Any:
         """The configuration: evaluated once, at the end, and without checkpoints."""
-        config = self.module.get_config(self.name)
-        return configuration.with_values(
-            config,
-            {
-                'log_every': max(config.epochs // 5, 1),
-                'eval_every': config.epochs,
-                'checkpoint_every': 0,
-                **dict(self.changes),
-            },
-        )
+        return copy.deepcopy(_config(self.module, self.name, self.changes))
+
+
+@functools.cache
+def _config(module: Any, name: str, changes: tuple[tuple[str, Any], ...]) -> Any:
+    config = configuration.with_values(module.get_config(name), dict(changes))
+    own = dict(changes)
+    return configuration.with_values(
+        config,
+        {
+            'log_every': own.get('log_every', max(config.epochs // 5, 1)),
+            'eval_every': config.epochs,
+            'checkpoint_every': 0,
+        },
+    )

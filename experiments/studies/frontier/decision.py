@@ -131,7 +131,7 @@ def judge(accuracies: Accuracies, name: str) -> dict[str, Any]:
     pooled = bootstrap(list(minus_sam.values()))
     kept = 1 + pooled['mean'] / gain if gain > 0 else None
     intervals = {
-        task: statistics.paired(values, np.zeros_like(values))
+        task: statistics.paired(values.tolist(), [0.0] * len(values))
         for task, values in minus_sam.items()
     }
     upper = lambda task: (

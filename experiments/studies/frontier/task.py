@@ -77,7 +77,7 @@ class Task:
 
 @functools.cache
 def _config(module: Any, name: str, changes: tuple[tuple[str, Any], ...]) -> Any:
-    config = configuration.with_values(module.get_config(name), dict(changes))
+    config: Any = configuration.with_values(module.get_config(name), dict(changes))
     own = dict(changes)
     return configuration.with_values(
         config,

@@ -25,7 +25,16 @@ _CLEAN: Any = {
 
 # Wrong labels, but for the second.
 NOISY = {
-    'mlp_200': Task('digits, MLP, 200 steps', digits_tasks, 'mlp_200', 'short', **_MLP),
+    'mlp_200': Task(
+        'digits, MLP, 200 steps',
+        digits_tasks,
+        'mlp_200',
+        'short',
+        radii=(0.25, 0.5, 0.7, 1.0, 1.4),
+        rates=(0.02, 0.06, 0.2),
+        sgd_rates=(0.001, 0.003, 0.01, 0.03, 0.1),
+        changes=_MLP['changes'],
+    ),
     'clean_600': Task(
         'digits, MLP, 600 steps, right labels',
         digits_tasks,

@@ -37,7 +37,8 @@ class Split:
     Attributes:
         images: uint8 array [N, height, width, channels]; where it is on devices,
             each has its share, and black images make the shares equal.
-        labels: int32 array [N].
+        labels: int32 array [N], or [N, positions] where each position of an example
+            has a label.
         devices: the devices that the arrays are on; None on the host.
     """
 
@@ -92,8 +93,19 @@ class Dataset:
         return self.train.images.shape[1:]
 
     def with_label_noise(self, share: float, seed: int) -> 'Dataset':
-        """This data set with some training labels wrong, the others untouched."""
+        """This data set with some training labels wrong, the others untouched.
+
+        Raises:
+            ValueError: where an example has more than one label.
+        """
         split = self.train
+        if share == 0:
+            return self
+        if split.labels.ndim > 1:
+            raise ValueError(
+                'label_noise must be 0 where an example has several labels, got'
+                f' {share!r}.'
+            )
         labels = flip_labels(np.asarray(split.labels), share, self.num_classes, seed)
         if split.devices is not None:
             labels = split.devices.replicate(labels)

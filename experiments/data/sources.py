@@ -15,7 +15,7 @@ from sklearn import datasets
 
 from experiments.common import configuration
 from experiments.common.devices import Devices
-from experiments.data import prepared
+from experiments.data import prepared, text
 from experiments.data.examples import Dataset, Split
 
 # --- Sources ------------------------------------------------------------------
@@ -152,6 +152,38 @@ def tfds(
     return _dataset(splits, seen.num_classes, statistics)
 
 
+def python_sources(
+    train: int = 1024,
+    validation: int = 512,
+    test: int = 512,
+    length: int = 128,
+    split_seed: int = 0,
+) -> Dataset:
+    """Bytes of Python's standard library, each to be told from those before it.
+
+    A window of text is an example: a picture of one row whose pixels are bytes, and
+    the label of each pixel is the next byte. The splits are of different files, see
+    :func:`.text.standard_library`.
+
+    Args:
+        train: how many windows are trained on; 0 means all that there are.
+        validation: how many are held back for choosing settings.
+        test: how many are held back for reporting.
+        length: bytes of a window.
+        split_seed: chooses which files are which, see :func:`digits`.
+
+    Returns:
+        The data set: images uint8 [N, 1, length, 1], not to be normalised, and labels
+        int32 [N, length].
+    """
+    sizes = {'train': train, 'validation': validation, 'test': test}
+    splits = {
+        name: Split(rows[:, None, :-1, None], rows[:, 1:].astype(np.int32))
+        for name, rows in text.standard_library(sizes, length, split_seed).items()
+    }
+    return Dataset(**splits, num_classes=256, mean=jnp.zeros(1), std=jnp.ones(1))
+
+
 # Mean and deviation of each channel, by the images that they were measured on.
 NORMALIZATIONS = {
     'cifar10': ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
@@ -235,6 +267,7 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
         num_classes=20,
     ),
     'tfds': tfds,
+    'python_sources': python_sources,
 }
 
 

@@ -44,6 +44,7 @@ class Method:
             no VSAMState that says so.
         eval_params: ``eval_params(opt_state, params)`` are the parameters to evaluate;
             None where they are those that are trained.
+        shared: whether learning rate and ρ are in the state of ``tx``.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -52,3 +53,4 @@ class Method:
     init_memory: Callable[[], Any] = tuple
     always_samples: bool = False
     eval_params: Callable[[Any, Any], Any] | None = None
+    shared: bool = False

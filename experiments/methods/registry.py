@@ -1,17 +1,21 @@
 """Methods by name: from a configuration to an optimizer and its steps."""
 
+import dataclasses
 import functools
 import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 import vsam_jax
 from experiments.common import configuration
+from experiments.methods.amplified import amplified
 from experiments.methods.esam import ESAM
 from experiments.methods.method import Method, Task
+from experiments.methods.part_ascent import PartAscent
 from experiments.methods.saf import SAF
 from experiments.models import quantization
 
@@ -36,6 +40,7 @@ _DIRECTIONS: dict[str, tuple[Callable[..., Any], tuple[bool, ...]]] = {
     'vsam': (vsam_jax.vsam, _BOTH),
     'steady_vsam': (vsam_jax.steady_vsam, _BOTH),
     'lean_sam': (vsam_jax.lean_sam, _BOTH),
+    'amplified': (amplified, _BOTH),
 }
 
 
@@ -145,6 +150,9 @@ def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
     if name == 'esam':
         esam = configuration.call(ESAM, where, settings)
         return Method(base, (), make_step=esam.make_step, always_samples=True)
+    if name == 'part_ascent':
+        part = configuration.call(PartAscent, where, settings)
+        return Method(base, (), make_step=part.make_step, always_samples=True)
     if name == 'saf':
         saf = configuration.call(
             SAF,
@@ -179,6 +187,63 @@ def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
     return Method(optax.chain(first, base), programs, make_step=make_step)
 
 
+def hyperparameters(config: Any) -> dict[str, float]:
+    """The learning rate of a configuration and, if its method has one, ρ."""
+    settings = config.methods[config.method]
+    own = dict(settings.get('optimizer', {}))
+    rate = own.get('learning_rate', config.optimizer.get('learning_rate'))
+    found = {'learning_rate': rate, 'rho': settings.get('rho')}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def create_shared(config: Any, task: Task) -> Method:
+    """A method whose learning rate and ρ are numbers in the optimizer state.
+
+    Runs that differ in nothing but these have one program in common; elsewhere both
+    are constants of the program. ``method.tx.init`` puts those of the configuration
+    there, and :func:`with_hyperparameters` others. Results are those of
+    :func:`create` to rounding.
+
+    Args:
+        config: the configuration.
+        task: what it is made for.
+
+    Returns:
+        The method.
+
+    Raises:
+        ConfigError: for unknown names and settings.
+    """
+    settings, name = dict(config.methods[config.method]), config.method
+    own = {**config.optimizer, **dict(settings.pop('optimizer', {}))}
+    method = create(name, settings, own, task)
+    # Other steps than the usual take ρ from the state by themselves.
+    in_step = settings.get('direction', name) == 'part_ascent'
+
+    def make(learning_rate: Any, rho: Any = None) -> Any:
+        traced = {} if rho is None or in_step else {'rho': rho}
+        rates = {**own, 'learning_rate': learning_rate}
+        return create(name, {**settings, **traced}, rates, task).tx
+
+    tx: Any = optax.inject_hyperparams(make)(**hyperparameters(config))
+    return dataclasses.replace(method, tx=tx, shared=True)
+
+
+def with_hyperparameters(opt_state: Any, config: Any) -> Any:
+    """The state of a method of :func:`create_shared` with other values.
+
+    Args:
+        opt_state: the state of its transformation.
+        config: what the values are of.
+    """
+    values = hyperparameters(config)
+    placed = {
+        name: jnp.asarray(values[name], old.dtype)
+        for name, old in opt_state.hyperparams.items()
+    }
+    return opt_state._replace(hyperparams=placed)
+
+
 def _direction(field: str, name: str) -> tuple[Callable[..., Any], tuple[bool, ...]]:
     """How the gradient is made, and the programs that its plan can name.
 
@@ -188,7 +253,7 @@ def _direction(field: str, name: str) -> tuple[Callable[..., Any], tuple[bool, .
     """
     module, colon, function = name.partition(':')
     if not colon:
-        names = dict.fromkeys((*_DIRECTIONS, 'esam', 'saf', 'msam'))
+        names = dict.fromkeys((*_DIRECTIONS, 'esam', 'part_ascent', 'saf', 'msam'))
         configuration.pick(field, names, name)
         return _DIRECTIONS[name]
     try:

@@ -19,6 +19,8 @@ TITLES = {
     'vsam': 'vSAM',
     'steady_vsam': 'steady vSAM',
     'lean_sam': 'lean SAM',
+    'part_ascent': 'ascent on a part',
+    'amplified': 'amplified',
 }
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from experiments.common import configuration
+from experiments.models.networks.decoder import Decoder
 from experiments.models.networks.layers import conv, logits, norm
 from experiments.models.networks.mobilenet import MobileNet
 from experiments.models.networks.pyramidnet import PyramidNet
@@ -145,9 +146,24 @@ def _vit(
     heads: int = 3,
     dtype: str = 'float32',
 ) -> nn.Module:
+    _check_heads(width, heads)
+    return ViT(num_classes, patch, width, depth, heads, jnp.dtype(dtype))
+
+
+def _decoder(
+    num_classes: int,
+    width: int = 64,
+    depth: int = 3,
+    heads: int = 2,
+    dtype: str = 'float32',
+) -> nn.Module:
+    _check_heads(width, heads)
+    return Decoder(num_classes, width, depth, heads, jnp.dtype(dtype))
+
+
+def _check_heads(width: int, heads: int) -> None:
     if width % heads:
         raise ValueError(f'width must be a multiple of heads ({heads}), got {width}.')
-    return ViT(num_classes, patch, width, depth, heads, jnp.dtype(dtype))
 
 
 def _check_depth(depth: int, rest: int) -> None:
@@ -168,6 +184,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     'pyramidnet': _pyramidnet,
     'mobilenet': _mobilenet,
     'vit': _vit,
+    'decoder': _decoder,
 }
 
 

@@ -52,6 +52,15 @@ class Experiment:
         """Steps of a run."""
         return self.config.epochs * self.batches.steps_per_epoch
 
+    def with_config(self, config: Any) -> 'Experiment':
+        """The same programs for a configuration with another seed, rate or ρ.
+
+        Args:
+            config: what :func:`build` had, but for ``seed`` and, if it had ``shared``,
+                the learning rate and ρ.
+        """
+        return dataclasses.replace(self, config=config)
+
     def init(self, seed: int) -> RunState:
         """The state of step 0."""
         batches = self.batches
@@ -68,6 +77,9 @@ class Experiment:
             record=jnp.zeros((rows, len(COLUMNS)), jnp.float32),
             memory=self.method.init_memory(),
         )
+        if self.method.shared:
+            placed = registry.with_hyperparameters(state.opt_state, self.config)
+            state = state.replace(opt_state=placed)
         return batches.devices.replicate(state)
 
     def evaluate(self, state: RunState) -> dict[str, float]:
@@ -90,7 +102,10 @@ class Experiment:
 
 
 def build(
-    config: Any, dataset: Dataset | None = None, num_devices: int = 1
+    config: Any,
+    dataset: Dataset | None = None,
+    num_devices: int = 1,
+    shared: bool = False,
 ) -> Experiment:
     """Makes the parts of an experiment.
 
@@ -99,6 +114,8 @@ def build(
         dataset: the data set of ``config.data``, if it is loaded already.
         num_devices: how many devices are trained on, 0 for all; several processes
             train on all of theirs.
+        shared: whether learning rate and ρ are numbers in the state instead of
+            constants of the program, see :meth:`Experiment.with_config`.
 
     Returns:
         The experiment; nothing is compiled yet.
@@ -129,20 +146,18 @@ def build(
         network=network,
         image_shape=dataset.image_shape,
     )
-    method = registry.create(
-        config.method,
-        config.methods[config.method],
-        config.optimizer,
-        Task(
-            num_steps=config.epochs * batches.steps_per_epoch,
-            steps_per_epoch=batches.steps_per_epoch,
-            num_examples=dataset.train.size,
-            num_classes=dataset.num_classes,
-            last_tensors=functools.partial(
-                zoo.last_tensors, model, dataset.image_shape
-            ),
-        ),
+    task = Task(
+        num_steps=config.epochs * batches.steps_per_epoch,
+        steps_per_epoch=batches.steps_per_epoch,
+        num_examples=dataset.train.size,
+        num_classes=dataset.num_classes,
+        last_tensors=functools.partial(zoo.last_tensors, model, dataset.image_shape),
     )
+    if shared:
+        method = registry.create_shared(config, task)
+    else:
+        settings = config.methods[config.method]
+        method = registry.create(config.method, settings, config.optimizer, task)
     loss_fn = loss_of(model, config.label_smoothing)
     step = Step(method, loss_fn, devices, planned=config.dispatch == 'planned')
     return Experiment(config, batches, model, method, step)

@@ -6,35 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models.networks.attention import Block, norm
 from experiments.models.networks.layers import logits
-
-
-def _norm() -> nn.LayerNorm:
-    return nn.LayerNorm(dtype=jnp.float32)
-
-
-def _attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, **_: Any
-) -> jax.Array:
-    # Unlike Flax's own it keeps the softmax, and nothing else, in float32.
-    return jax.nn.dot_product_attention(query, key, value)
-
-
-class _Block(nn.Module):
-    """Attention between the tokens, then dense layers on each of them."""
-
-    heads: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        attend = nn.MultiHeadDotProductAttention(
-            self.heads, dtype=self.dtype, attention_fn=_attention
-        )
-        x += attend(_norm()(x))
-        y = nn.gelu(nn.Dense(4 * width, dtype=self.dtype)(_norm()(x)))
-        return x + nn.Dense(width, dtype=self.dtype)(y)
 
 
 class ViT(nn.Module):
@@ -66,6 +39,7 @@ class ViT(nn.Module):
         x += self.param(
             'positions', nn.initializers.normal(0.02), (1, *x.shape[1:]), jnp.float32
         )
-        for _ in range(self.depth):
-            x = _Block(self.heads, self.dtype)(x)
-        return logits(_norm()(x), self.num_classes)
+        for number in range(self.depth):
+            # First weights follow from the names of layers; these have not changed.
+            x = Block(self.heads, self.dtype, name=f'_Block_{number}')(x)
+        return logits(norm()(x), self.num_classes)

@@ -22,6 +22,7 @@ import optax
 
 import vsam_jax
 from experiments.methods import registry as trainer_methods
+from experiments.methods.amplified import amplified
 from experiments.studies.slices import tasks
 from experiments.studies.slices.tasks import PyTree, Task
 from experiments.training.loss import loss_of
@@ -89,12 +90,7 @@ def _published(rho: Any, task: Task) -> optax.GradientTransformationExtraArgs:
 
 
 def _amplified(rho: Any, _: Task) -> optax.GradientTransformationExtraArgs:
-    return vsam_jax.sharpness_aware(
-        vsam_jax.perturbation.l2_ascent,
-        vsam_jax.sampling.Periodic(3),
-        vsam_jax.reuse.Amplified(3.0),
-        rho,
-    )
+    return amplified(rho, every=3)
 
 
 def _along_momentum(

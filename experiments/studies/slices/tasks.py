@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.configs import digits_tasks
-from experiments.models.networks import vit
+from experiments.models.networks.attention import Block
 from experiments.models.networks.layers import logits
 
 PyTree = Any
@@ -103,8 +103,8 @@ class Transformer(nn.Module):
         x = x.reshape(-1, 2, 4, 2, 4).swapaxes(2, 3).reshape(-1, 4, 16)
         x = nn.Dense(self.width)(x)
         x += self.param('positions', nn.initializers.normal(0.02), (1, 4, self.width))
-        for _ in range(self.depth):
-            x = vit._Block(self.heads, jnp.float32)(x)
+        for number in range(self.depth):
+            x = Block(self.heads, jnp.float32, name=f'_Block_{number}')(x)
         return logits(nn.LayerNorm()(x), self.num_classes)
 
 

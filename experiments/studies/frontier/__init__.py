@@ -1,0 +1,1 @@
+"""Every cheap way to sharpness-aware training, on tasks of several kinds."""

@@ -1,0 +1,219 @@
+"""The table and the figure, from the result files, and what the rule decides."""
+
+import json
+import math
+import pathlib
+import statistics as means
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+
+from experiments.common import files
+from experiments.common.ledger import Ledger
+from experiments.report import plots, provenance, statistics, tables
+from experiments.studies.frontier import decision, plan, protocol
+from experiments.studies.frontier.methods import METHODS
+from experiments.studies.frontier.protocol import Unit
+from experiments.studies.frontier.tasks import TASKS
+
+COSTS = 'cost.json'
+FILES = ('table.md', 'decision.json', 'frontier.png')
+_LN2 = math.log(2)
+
+
+def write(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the table, the decision and the figure.
+
+    Args:
+        folder: where ``plan.json``, ``runs.jsonl`` and ``cost.json`` are; without the
+            last one nothing is decided.
+
+    Returns:
+        The files.
+    """
+    planned = plan.read(folder)
+    known = {} if planned is None else planned['tasks']
+    ledger = Ledger(folder / 'runs.jsonl')
+    accuracies = {
+        name: {
+            method: protocol.accuracies(ledger, Unit(name, TASKS[name], method))
+            for method in task['methods']
+        }
+        for name, task in known.items()
+    }
+    path = folder / COSTS
+    costs = json.loads(path.read_text())['networks'] if path.exists() else {}
+    found = decision.decide(accuracies, relative(costs, 'times_sgd'))
+    paths = [folder / name for name in FILES]
+    content = {**found, **provenance.environment(), 'command': provenance.command()}
+    files.write_json(paths[1], content)
+    with files.replacing(paths[0]) as file:
+        file.write(_text(found, accuracies, costs, ledger).encode())
+    draw(found, paths[2])
+    return paths
+
+
+def relative(costs: Mapping[str, Any], what: str) -> dict[str, float]:
+    """By method the geometric mean over networks of a multiple of SGD's.
+
+    Args:
+        costs: the networks of ``cost.json``.
+        what: ``'times_sgd'`` or ``'memory_times_sgd'``.
+
+    Returns:
+        The methods that were measured on all networks.
+    """
+    rows = [network['methods'] for network in costs.values()]
+    names = set.intersection(*map(set, rows)) if rows else set()
+    return {
+        name: means.geometric_mean(row[name][what] for row in rows)
+        for name in METHODS
+        if name in names
+    }
+
+
+def rows_of(
+    found: Mapping[str, Any], costs: Mapping[str, Any]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what is decided: a method per row, the cheapest first."""
+    header = ['Method', 'Time × SGD', 'Memory × SGD', '− SAM', 'Of SAM’s gain, %']
+    header += ['Worst task', 'Tasks', 'Decision']
+    memory = relative(costs, 'memory_times_sgd')
+    judged = found['methods']
+    order = sorted(judged, key=lambda name: judged[name]['cost'] or math.inf)
+    rows = []
+    for name in order:
+        row = judged[name]
+        times = [n['methods'][name]['times_sgd'] for n in costs.values() if row['cost']]
+        worst = row.get('worst')
+        reasons = f': {"; ".join(row["reasons"])}' if row['reasons'] else ''
+        rows.append(
+            [
+                METHODS[name].title,
+                f'{row["cost"]:.2f} ({min(times):.2f}–{max(times):.2f})'
+                if row['cost']
+                else '–',
+                f'{memory[name]:.2f}' if name in memory else '–',
+                tables.points(row.get('minus_sam')),
+                f'{100 * row["kept"]:.0f}' if row.get('kept') is not None else '–',
+                f'{TASKS[worst["task"]].title}: {tables.points(worst)}'
+                if worst
+                else '–',
+                str(row['tasks']),
+                f'{row["status"]}{reasons}',
+            ]
+        )
+    return header, rows
+
+
+def rows_of_tasks(
+    accuracies: decision.Accuracies, ledger: Ledger
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of all tasks: a method per row, a task per column."""
+    rows = []
+    for name, method in METHODS.items():
+        cells = []
+        for task, row in accuracies.items():
+            values, sam = row.get(name), row['sam']
+            if values is None:
+                cells.append('')
+            elif name == 'sam' or sam is None:
+                cells.append(tables.percent(statistics.summary(values)))
+            else:
+                cells.append(tables.points(statistics.paired(values, sam)))
+            if values is not None:
+                cells[-1] += _chosen(ledger, Unit(task, TASKS[task], name))
+        rows.append([method.title, *cells])
+    header = ['', *(TASKS[name].title for name in accuracies)]
+    return header, rows
+
+
+def _chosen(ledger: Ledger, unit: Unit) -> str:
+    """ρ and learning rate, a star where they are at an end of those tried."""
+    sam = protocol.sam_pair(ledger, unit.name, unit.task)
+    pair = protocol.chosen(ledger, unit, sam)
+    if pair is None:
+        return ''
+    texts = []
+    for symbol, place in (('ρ', 0), ('rate', 1)):
+        tried = {other[place] for other in unit.pairs(sam)}
+        end = len(tried) > 1 and pair[place] in (min(tried), max(tried))
+        # Others than SGD and SAM have SAM's rate, and SGD has no ρ.
+        if len(tried) > 1 or unit.method == 'sam':
+            texts.append(f'{symbol} {pair[place]:g}{"*" if end else ""}')
+    text = f' ({", ".join(texts)})'
+    lines = protocol.reported(ledger, unit)
+    if unit.task.judge == 'loss' and lines:
+        losses = [line['test']['loss'] for line in lines]
+        if None not in losses:
+            text += f', {means.fmean(losses) / _LN2:.3f} bits'
+    return text
+
+
+def _text(
+    found: Mapping[str, Any],
+    accuracies: decision.Accuracies,
+    costs: Mapping[str, Any],
+    ledger: Ledger,
+) -> str:
+    best = found['recommended']
+    said = found['verdict'] + (f': {METHODS[best].title}' if best else '')
+    if found['open']:
+        said += f', because of {", ".join(METHODS[n].title for n in found["open"])}'
+    return (
+        f'{tables.markdown(*rows_of(found, costs))}\n**Decision: {said}.**\n\n'
+        'Time: of whole runs, as a multiple of SGD’s, geometric mean (range) over'
+        f' {len(costs)} networks. Memory: the peak of the largest program. − SAM:'
+        ' points of test accuracy, mean over tasks with its 95 % interval by a'
+        ' hierarchical bootstrap.\n\n'
+        f'{tables.markdown(*rows_of_tasks(accuracies, ledger))}\n'
+        'SAM: accuracy on test examples after the last step, mean ± sd over seeds. The'
+        ' others: difference from SAM on the same seeds, in points, with 95 % intervals'
+        ' (t). In parentheses ρ and the learning rate, chosen on validation examples'
+        ' with other seeds; * at an end of those tried. The others have SAM’s learning'
+        ' rate. Of text: the accuracy of the next byte, and the test loss in bits per'
+        f' byte, by which its settings are chosen.\n\n{decision.TEXT}'
+    )
+
+
+def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Accuracy − SAM against time × SGD: a point per method, with its interval."""
+    with matplotlib.rc_context(plots.SETTINGS):
+        figure, axes = plots.new_figure(6.4, 4.2)
+        shown = {
+            name: row
+            for name, row in found['methods'].items()
+            if row['cost'] and 'minus_sam' in row
+        }
+        for name, row in shown.items():
+            direction = METHODS[name].direction
+            color, marker = plots.STYLES.get(direction, plots.OTHER)
+            mean, low, high = (
+                100 * row['minus_sam'][k] for k in ('mean', 'low', 'high')
+            )
+            axes.errorbar(
+                row['cost'],
+                mean,
+                yerr=[[mean - low], [high - mean]],
+                color=color,
+                marker=marker,
+                markersize=7,
+                # Open where it was not run on all tasks, or fails.
+                markerfacecolor=color if row['status'] == decision.PASSES else 'white',
+                linewidth=1.2,
+            )
+            axes.annotate(
+                METHODS[name].title,
+                (row['cost'], mean),
+                xytext=(5, 5),
+                textcoords='offset points',
+                fontsize=8,
+            )
+        axes.axhline(0, color=plots.INK, linewidth=0.8)
+        axes.axhline(
+            100 * decision.LOWEST, color=plots.INK, linewidth=0.8, linestyle=':'
+        )
+        axes.set_xlabel('time × SGD')
+        axes.set_ylabel('points of accuracy − SAM')
+        plots.save(figure, path)

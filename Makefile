@@ -33,7 +33,7 @@ endif
 # of CUDA 12 overwrite each other.
 PEERS := $(if $(filter cuda12 tpu,$(ACCELERATOR)),experiments,benchmark)
 
-.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel release bench profile paper clean
+.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel bench profile paper clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
@@ -98,23 +98,6 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 	build/wheel/env/bin/python -m pip install $(PIP) build/wheel/*.whl
 	build/wheel/env/bin/python -P -W error tests/smoke.py
 
-release: .venv-test/.ready .venv-release/.ready ## a release but for the upload: sdist and wheel, checked and tried
-	@test -z "$$(git status --porcelain)" || { git status --short; \
-	  echo "release: these files are not committed" >&2; exit 1; }
-	$(RELEASE)/python -m tests.release
-	$(RELEASE)/cffconvert --validate
-	rm -rf dist build/release
-	$(RELEASE)/python -m build . > /dev/null
-	$(RELEASE)/twine check --strict dist/*
-	for built in dist/*; do \
-	  $(PYTHON) -m venv --clear build/release/env && \
-	  build/release/env/bin/python -m pip install $(PIP) $$built && \
-	  build/release/env/bin/python -P -W error tests/smoke.py || exit 1; \
-	done
-	mkdir build/release/sdist && tar -xzf dist/*.tar.gz -C build/release/sdist --strip-components=1
-	cd build/release/sdist && $(CURDIR)/$(TEST)/python -m pytest -q tests/test_release.py tests/library/test_plan.py
-	@$(RELEASE)/python -m tests.release --next
-
 # make bench ACCELERATOR=cuda13: on a GPU, also without CUDA graphs (command buffers).
 MEASURED := experiments/results/benchmark/$(or $(ACCELERATOR),cpu)
 BENCH := $(BENCH_ENV)/bin/python -m experiments.benchmark
@@ -160,6 +143,24 @@ paper: $(PAPER_ENV)/.ready ## CIFAR-100 on an accelerator: tuning, seven methods
 	done
 	$(PAPER)/python -m experiments.figures --workdir=$(RUNS) \
 	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
+
+.PHONY: release
+release: .venv-test/.ready .venv-release/.ready ## a release but for the upload: sdist and wheel, checked and tried
+	@test -z "$$(git status --porcelain)" || { git status --short; \
+	  echo "release: these files are not committed" >&2; exit 1; }
+	$(RELEASE)/python -m tests.release
+	$(RELEASE)/cffconvert --validate
+	rm -rf dist build/release
+	$(RELEASE)/python -m build . > /dev/null
+	$(RELEASE)/twine check --strict dist/*
+	for built in dist/*; do \
+	  $(PYTHON) -m venv --clear build/release/env && \
+	  build/release/env/bin/python -m pip install $(PIP) $$built && \
+	  build/release/env/bin/python -P -W error tests/smoke.py || exit 1; \
+	done
+	mkdir build/release/sdist && tar -xzf dist/*.tar.gz -C build/release/sdist --strip-components=1
+	cd build/release/sdist && $(CURDIR)/$(TEST)/python -m pytest -q tests/test_release.py tests/library/test_plan.py
+	@$(RELEASE)/python -m tests.release --next
 
 clean: ## removes what the others made
 	rm -rf .venv-* .jax_cache build demo dist runs

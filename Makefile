@@ -1,7 +1,6 @@
 # make demo   trains on handwritten digits with wrong labels and shows what vSAM gains
 # make check  lint, types, the tests of the library: while one works on it
 # make test   lint, types, tests, doctests, wheel; what continuous integration runs
-# make docs   the site, into build/docs
 # make help   all of them
 
 PYTHON ?= python3
@@ -21,7 +20,7 @@ PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
 
 ifeq ($(ACCELERATOR),)
 # XLA allocates the temporaries of a program anew at every call; glibc gets large ones
-# back from the kernel faster in huge pages (docs/evidence/cost.md).
+# back from the kernel faster in huge pages (docs/cost.md).
 demo bench profile paper: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 else ifeq ($(filter $(ACCELERATOR),cuda12 cuda13 tpu),)
 $(error ACCELERATOR must be cuda12, cuda13, tpu or nothing, got $(ACCELERATOR))
@@ -34,7 +33,7 @@ endif
 # of CUDA 12 overwrite each other.
 PEERS := $(if $(filter cuda12 tpu,$(ACCELERATOR)),experiments,benchmark)
 
-.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel docs release bench profile paper clean
+.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel docs bench profile paper clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
@@ -100,23 +99,6 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 	build/wheel/env/bin/python -m pip install $(PIP) build/wheel/*.whl
 	build/wheel/env/bin/python -P -W error tests/smoke.py
 
-release: .venv-test/.ready .venv-release/.ready ## a release but for the upload: sdist and wheel, checked and tried
-	@test -z "$$(git status --porcelain)" || { git status --short; \
-	  echo "release: these files are not committed" >&2; exit 1; }
-	$(RELEASE)/python -m tests.release
-	$(RELEASE)/cffconvert --validate
-	rm -rf dist build/release
-	$(RELEASE)/python -m build . > /dev/null
-	$(RELEASE)/twine check --strict dist/*
-	for built in dist/*; do \
-	  $(PYTHON) -m venv --clear build/release/env && \
-	  build/release/env/bin/python -m pip install $(PIP) $$built && \
-	  build/release/env/bin/python -P -W error tests/smoke.py || exit 1; \
-	done
-	mkdir build/release/sdist && tar -xzf dist/*.tar.gz -C build/release/sdist --strip-components=1
-	cd build/release/sdist && $(CURDIR)/$(TEST)/python -m pytest -q tests/test_release.py tests/library/test_plan.py
-	@$(RELEASE)/python -m tests.release --next
-
 # A warning is an error, and so is a notebook that fails or a page that loads anything
 # from elsewhere. Notebooks are kept in build/ and run again where something changed.
 docs: .venv-docs/.ready ## the site, with its notebooks run: build/docs/index.html
@@ -169,6 +151,24 @@ paper: $(PAPER_ENV)/.ready ## CIFAR-100 on an accelerator: tuning, seven methods
 	done
 	$(PAPER)/python -m experiments.figures --workdir=$(RUNS) \
 	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
+
+.PHONY: release
+release: .venv-test/.ready .venv-release/.ready ## a release but for the upload: sdist and wheel, checked and tried
+	@test -z "$$(git status --porcelain)" || { git status --short; \
+	  echo "release: these files are not committed" >&2; exit 1; }
+	$(RELEASE)/python -m tests.release
+	$(RELEASE)/cffconvert --validate
+	rm -rf dist build/release
+	$(RELEASE)/python -m build . > /dev/null
+	$(RELEASE)/twine check --strict dist/*
+	for built in dist/*; do \
+	  $(PYTHON) -m venv --clear build/release/env && \
+	  build/release/env/bin/python -m pip install $(PIP) $$built && \
+	  build/release/env/bin/python -P -W error tests/smoke.py || exit 1; \
+	done
+	mkdir build/release/sdist && tar -xzf dist/*.tar.gz -C build/release/sdist --strip-components=1
+	cd build/release/sdist && $(CURDIR)/$(TEST)/python -m pytest -q tests/test_release.py tests/library/test_plan.py
+	@$(RELEASE)/python -m tests.release --next
 
 clean: ## removes what the others made
 	rm -rf .venv-* .jax_cache build demo dist runs

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vsam_jax import _checks, _numerics
+from vsam_jax import _checks, _numerics, reuse
 from vsam_jax import perturbation as perturbations
 from vsam_jax._types import Mask, PyTree
 
@@ -19,8 +19,9 @@ from vsam_jax._types import Mask, PyTree
 # more than 45: what g_SAM has beside g is longer than what it has along g.
 _HARDLY = 0.1
 _TURNED = 0.7
-# From where on s, or what rounding leaves of ε, is called mostly noise.
-_MOSTLY = 0.9
+# From where on s is called noise, and ε lost.
+_NOISE = 0.9
+_LOST = 0.5
 
 _COLUMNS = ('ρ', '‖s‖/‖g‖', 'cos(g, g_SAM)', 'noise of s', 'L(w+ε) − L(w)')
 
@@ -99,12 +100,12 @@ class Diagnosis:
             ),
             (np.isnan(self.ratio), 'a second gradient is not finite. Too large.'),
             (
-                self.rounding > _MOSTLY,
-                'ε is lost to rounding in the dtype of the parameters. Keep them in'
-                ' float32.',
+                self.rounding > _LOST,
+                'more than half of ε is lost to rounding in the dtype of the'
+                ' parameters. Keep them in float32.',
             ),
             (
-                self.psf_noise > _MOSTLY,
+                self.psf_noise > _NOISE,
                 'mini-batches agree on little of s. One that is reused on later steps'
                 ' brings its noise with it.',
             ),
@@ -271,9 +272,10 @@ class _Passes:
         )
         sam_value, sam_grads = _told(self.grad_fn(there, batch), params)
         sam, first = (jax.tree.map(_numerics.widen, x) for x in (sam_grads, grads))
-        psf = optax.tree.sub(sam, first)
+        psf = reuse.psf_of(grads, sam_grads)
         norm = _numerics.wide_norm
-        along = jnp.asarray(optax.tree.vdot(first, sam))
+        # Not optax.tree.vdot, whose reshapes fail on explicitly sharded arrays.
+        along = jnp.asarray(optax.tree.sum(optax.tree.mul(first, sam)))
         numbers = {
             'psf_norm': norm(psf),
             # One after the other: the product of both may be too small for a number.
@@ -283,7 +285,8 @@ class _Passes:
             ),
         }
         if value is not None:
-            numbers['sharpness'] = _numerics.widen(sam_value) - _numerics.widen(value)
+            above, here = (_numerics.widen(jnp.asarray(x)) for x in (sam_value, value))
+            numbers['sharpness'] = above - here
         total = jax.tree.map(lambda t, s: t + s.astype(t.dtype), total, psf)
         return total, numbers
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import vsam_jax
 from vsam_jax import perturbation
@@ -139,7 +140,7 @@ def test_narrow_dtypes(dtype):
         assert found.rounding[1] < 0.02
     if dtype == jnp.bfloat16:
         assert found.rounding[0] > 0.9
-        assert 'ρ = 0.0001: ε is lost to rounding' in str(found)
+        assert 'ρ = 0.0001: more than half of ε is lost to rounding' in str(found)
     wide = vsam_jax.diagnose(
         jax.grad(loss), w.astype(jnp.float32), batches, (1e-4, 1.0)
     )
@@ -154,6 +155,22 @@ def test_sums_are_not_taken_in_narrow_dtypes():
         grad_fn, jnp.ones(3, jnp.bfloat16), np.zeros((300, 1)), (1.0,), num_batches=300
     )
     assert found.grad_noise < 1e-6
+
+
+@pytest.mark.parametrize('axis_type', [AxisType.Auto, AxisType.Explicit])
+def test_parameters_on_several_devices(axis_type):
+    loss = lambda w, x: jnp.mean((w - x) ** 4)
+    w = jnp.arange(16.0)
+    batches = np.random.default_rng(0).normal(size=(4, 8, 16)).astype(np.float32)
+    one = vsam_jax.diagnose(jax.grad(loss), w, batches, RHOS)
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        w = jax.device_put(w, NamedSharding(mesh, PartitionSpec('data')))
+        all_of_them = vsam_jax.diagnose(jax.grad(loss), w, batches, RHOS)
+    for name in ('ratio', 'cosine', 'psf_noise'):
+        np.testing.assert_allclose(
+            getattr(all_of_them, name), getattr(one, name), rtol=1e-4
+        )
 
 
 def test_the_reading_follows_the_numbers():

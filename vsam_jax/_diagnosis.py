@@ -337,7 +337,8 @@ def _measured(
             'batches must hold at least two mini-batches, because noise is what they'
             f' differ in, got {len(norms)}. A generator that was used up gives none.'
         )
-    means = [_numerics.wide_norm(t) / len(norms) for t in (grad_total, *totals)]
+    norm_of = jax.jit(_numerics.wide_norm)
+    means = [norm_of(t) / len(norms) for t in (grad_total, *totals)]
     return np.asarray(norms, float), numbers, np.asarray(jax.device_get(means), float)
 
 

@@ -1,4 +1,4 @@
-# make demo   trains on handwritten digits with wrong labels and shows what vSAM gains
+# make demo   trains on handwritten digits with wrong labels and shows what is gained
 # make check  lint, types, the tests of the library: while one works on it
 # make test   lint, types, tests, doctests, wheel; what continuous integration runs
 # make help   all of them
@@ -52,7 +52,7 @@ $(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 	$(@D)/bin/python -m pip install $(PIP) --editable '.[$(EXTRA)]'
 	@touch $@
 
-demo: .venv-demo/.ready ## the main job: SGD, SAM, vSAM and steady vSAM on noisy digits; results in demo/
+demo: .venv-demo/.ready ## the main job: five methods on noisy digits; results in demo/
 	$(DEMO)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=demo
 
 check: lint types .venv-test/.ready ## lint, types, tests of the library: one method of each kind, no subprocesses

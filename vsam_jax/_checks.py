@@ -4,6 +4,7 @@ All of this runs in Python, when a function is called or traced; nothing of it
 is part of a compiled step.
 """
 
+import difflib
 import inspect
 import math
 import numbers
@@ -18,9 +19,19 @@ from jax import core
 
 from vsam_jax._types import PyTree
 
+_MAX_SHOWN = 100
+
 
 def _is_traced(value: Any) -> bool:
     return isinstance(value, core.Tracer)
+
+
+def shown(value: Any) -> str:
+    """What was given, as errors show it: on one line, and not a page of numbers."""
+    if getattr(value, 'shape', ()) and hasattr(value, 'dtype'):
+        return f'an array of shape {value.shape} and dtype {value.dtype}'
+    text = ' '.join(repr(value).split())
+    return text if len(text) <= _MAX_SHOWN else f'{text[:_MAX_SHOWN]}…'
 
 
 def _reject_array(name: str, value: Any) -> None:
@@ -28,7 +39,7 @@ def _reject_array(name: str, value: Any) -> None:
     if isinstance(value, jax.Array):
         raise TypeError(
             f'{name} must be a Python number that is known before tracing, got'
-            f' {value!r}. Under optax.inject_hyperparams inject ρ alone:'
+            f' {shown(value)}. Under optax.inject_hyperparams inject ρ alone:'
             ' optax.inject_hyperparams(lambda rho: vsam_jax.vsam(rho))(rho=0.05).'
         )
 
@@ -40,13 +51,13 @@ def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
     if high is not None:
         allowed = f'an integer in [{low}, {high}]'
     if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f'{name} must be {allowed}, got {value!r}.')
+        raise TypeError(f'{name} must be {allowed}, got {shown(value)}.')
     try:
         result = operator.index(value)
     except TypeError:
-        raise TypeError(f'{name} must be {allowed}, got {value!r}.') from None
+        raise TypeError(f'{name} must be {allowed}, got {shown(value)}.') from None
     if result < low or (high is not None and result > high):
-        raise ValueError(f'{name} must be {allowed}, got {value!r}.')
+        raise ValueError(f'{name} must be {allowed}, got {shown(value)}.')
     return result
 
 
@@ -69,12 +80,12 @@ def real(
         ends = '(' if open_low else '[', ')' if open_high else ']'
         allowed = f'a number in {ends[0]}{low:g}, {high:g}{ends[1]}'
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f'{name} must be {allowed}, got {value!r}.')
+        raise TypeError(f'{name} must be {allowed}, got {shown(value)}.')
     result = float(value)
     inside = low < result if open_low else low <= result
     inside = inside and (result < high if open_high else result <= high)
     if not (math.isfinite(result) and inside):
-        raise ValueError(f'{name} must be {allowed}, got {value!r}.')
+        raise ValueError(f'{name} must be {allowed}, got {shown(value)}.')
     return result
 
 
@@ -82,7 +93,38 @@ def radius(name: str, value: Any) -> Any:
     """Checks ρ: a number, a scalar array (traced too) or an optax schedule."""
     if callable(value):
         return value
-    allowed = 'a finite number >= 0 or a schedule (a callable of the step)'
+    return _radius(
+        name, value, 'a finite number >= 0 or a schedule (a callable of the step)'
+    )
+
+
+def scheduled_radius(name: str, value: Any) -> Any:
+    """Checks what a schedule of ρ gives: a number or a scalar array, traced or not."""
+    return _radius(f'what the schedule {name} gives', value, 'a finite number >= 0')
+
+
+def current_radius(name: str, value: Any, step: Any, dtype: Any) -> jax.Array:
+    """ρ of this step.
+
+    Args:
+        name: of the argument.
+        value: ρ as :func:`radius` has checked it.
+        step: the update count, for a schedule.
+        dtype: of the result.
+
+    Returns:
+        A scalar. NaN where a number that is known only when the step runs is below
+        zero, so that what is made of it cannot be taken for a result.
+    """
+    if callable(value):
+        value = scheduled_radius(name, value(step))
+    elif not _is_traced(value):
+        return jnp.asarray(value, dtype)
+    result = jnp.asarray(value, dtype)
+    return jnp.where(result >= 0, result, jnp.nan)
+
+
+def _radius(name: str, value: Any, allowed: str) -> Any:
     if isinstance(value, (jax.Array, np.ndarray)):
         number = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(
             value.dtype, jnp.integer
@@ -95,10 +137,10 @@ def radius(name: str, value: Any) -> Any:
         if _is_traced(value):
             return value
     elif isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f'{name} must be {allowed}, got {value!r}.')
+        raise TypeError(f'{name} must be {allowed}, got {shown(value)}.')
     # Wider numbers would be infinite in the statistics dtype.
     if not 0 <= float(value) <= float(np.finfo(np.float32).max):
-        raise ValueError(f'{name} must be {allowed}, got {value!r}.')
+        raise ValueError(f'{name} must be {allowed}, got {shown(value)}.')
     return value
 
 
@@ -110,9 +152,9 @@ def floating_dtype(name: str, value: Any) -> Any:
     try:
         dtype = jnp.dtype(value)
     except TypeError:
-        raise TypeError(f'{name} must be {allowed}, got {value!r}.') from None
+        raise TypeError(f'{name} must be {allowed}, got {shown(value)}.') from None
     if not _computable(dtype):
-        raise TypeError(f'{name} must be {allowed}, got {value!r}.')
+        raise TypeError(f'{name} must be {allowed}, got {shown(value)}.')
     return dtype
 
 
@@ -132,7 +174,8 @@ def instance(name: str, value: Any, protocol: Any, example: str) -> Any:
     # A class has the attributes of its instances.
     if isinstance(value, type) or not isinstance(value, protocol):
         raise TypeError(
-            f'{name} must be a {protocol.__name__}, such as {example}, got {value!r}.'
+            f'{name} must be a {protocol.__name__}, such as {example}, got'
+            f' {shown(value)}.'
         )
     return value
 
@@ -140,14 +183,16 @@ def instance(name: str, value: Any, protocol: Any, example: str) -> Any:
 def flag(name: str, value: Any) -> bool:
     """Returns ``value`` if it is a bool, or raises."""
     if not isinstance(value, bool):
-        raise TypeError(f'{name} must be True or False, got {value!r}.')
+        raise TypeError(f'{name} must be True or False, got {shown(value)}.')
     return value
 
 
 def gradient_function(name: str, value: Any, params: PyTree) -> None:
     """Raises for what cannot be called with the parameters alone."""
     if not callable(value):
-        raise TypeError(f'{name} must be a function of the parameters, got {value!r}.')
+        raise TypeError(
+            f'{name} must be a function of the parameters, got {shown(value)}.'
+        )
     try:
         signature = inspect.signature(value)
     except ValueError:  # That of a builtin is not known.
@@ -170,7 +215,7 @@ def axis_name(name: str, value: Any) -> Any:
         return value
     raise TypeError(
         f'{name} must be None, the name of a mapped axis or a tuple of such names (()'
-        f' where gradients are means already), got {value!r}.'
+        f' where gradients are means already), got {shown(value)}.'
     )
 
 
@@ -188,7 +233,7 @@ def _check_mask_leaves(name: str, tree: PyTree) -> None:
             raise TypeError(
                 f'{name} must be None, a pytree of booleans shaped like the'
                 ' parameters (or a prefix of that), or a callable that makes one from'
-                f' the parameters; at {where(path)} it holds {leaf!r}.'
+                f' the parameters; at {where(path)} it holds {shown(leaf)}.'
             )
 
 
@@ -242,19 +287,19 @@ def floating_leaves(name: str, tree: PyTree) -> None:
             ' optax.partition, because grad_fn needs the whole tree. Write'
             ' optax.chain(vsam(perturb_mask=...), optax.masked(...)) instead.'
         )
-    others = (
-        ' If these are parts of a model that are not trained, leave them out, as'
-        ' eqx.filter(model, eqx.is_inexact_array) of Equinox does.'
-    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not hasattr(leaf, 'dtype') or not hasattr(leaf, 'shape'):
             raise TypeError(
-                f'{name} must hold arrays; at {where(path)} it holds {leaf!r}.{others}'
+                f'{name} must hold arrays; at {where(path)} it holds {shown(leaf)}.'
+                ' Give the trained arrays alone, with None for what is left out: of a'
+                ' model of Equinox eqx.filter(model, eqx.is_inexact_array).'
             )
         if not _computable(leaf.dtype):
-            hint = '' if jnp.issubdtype(leaf.dtype, jnp.floating) else others
+            hint = ''
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 hint = ' Make leaves of the real and the imaginary parts.'
+            elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+                hint = ' Leave out what is not trained, with None in its place.'
             raise TypeError(
                 f'{name} must hold real floating-point arrays of 16 bits or more; at'
                 f' {where(path)} the dtype is {leaf.dtype}.{hint}'
@@ -288,6 +333,17 @@ def same_tree(
             )
 
 
+def difference(tree: PyTree, like: PyTree) -> str:
+    """Says in a line how two trees differ in structure or shapes, '' if they do not."""
+    if jax.tree.structure(tree) != jax.tree.structure(like):
+        return first_difference(tree, like)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, x), y in zip(leaves, jax.tree.leaves(like), strict=True):
+        if jnp.shape(x) != jnp.shape(y):
+            return f'at {where(path)} its shape is {jnp.shape(x)}, not {jnp.shape(y)}.'
+    return ''
+
+
 def first_difference(tree: PyTree, like: PyTree, *, prefix: bool = False) -> str:
     """Says in a line where two trees of different structure begin to differ.
 
@@ -310,7 +366,7 @@ def _difference(path: Any, tree: PyTree, like: PyTree, prefix: bool) -> str:
     if given is None and (prefix or wanted is None):
         return ''
     if given is None or wanted is None or type(tree) is not type(like):
-        return f'at {where(path)} it has {_kind(tree)}, where {_kind(like)} is wanted.'
+        return f'at {where(path)} it has {kind(tree)}, where {kind(like)} is wanted.'
     extra = [k for k in given if k not in wanted]
     missing = [k for k in wanted if k not in given]
     if extra or missing:
@@ -335,11 +391,50 @@ def _children(tree: PyTree) -> dict[Any, Any] | None:
     return {path[0]: child for path, child in pairs if path}
 
 
-def _kind(tree: PyTree) -> str:
+def kind(tree: PyTree) -> str:
+    """What a node or a leaf is, as errors show it."""
     if tree is None:
         return 'None'
     name = type(tree).__name__
-    return f'an array of shape {tree.shape}' if hasattr(tree, 'shape') else f'a {name}'
+    if isinstance(tree, (jax.Array, np.ndarray)):
+        return f'an array of shape {tree.shape}'
+    return f'a {name}'
+
+
+def no_state(wanted: str, given: Any) -> str:
+    """An error for what is no state of a transformation, with the likely mistake."""
+    text = f'state must be the {wanted} of the transformation, got {kind(given)}.'
+    if isinstance(given, (dict, list)):
+        return (
+            f'{text} A checkpoint that is restored without a target has dicts and lists'
+            ' for states: give the restoring function tx.init(params) as what it should'
+            ' look like (vsam_jax.checkpoint.restore takes it as an argument).'
+        )
+    return f'{text} Give the state that tx.init(params) of the same optimizer made.'
+
+
+def no_misspelling(given: Any, known: Any) -> None:
+    """Raises for arguments by name that look like one of those that are known.
+
+    An update takes any argument by name, for the sake of others in a chain. One that
+    is misspelt would be ignored.
+
+    Args:
+        given: names that the update does not know.
+        known: those that it does.
+    """
+    for name in given:
+        if name == 'rho':
+            raise TypeError(
+                'rho must be given where the method is made, as a schedule or under'
+                ' optax.inject_hyperparams(lambda rho: vsam_jax.vsam(rho))(rho=0.05);'
+                ' update takes no rho.'
+            )
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise TypeError(
+                f'update has no argument {name!r}, which would be ignored: did you mean'
+                f' {near[0]!r}?'
+            )
 
 
 def where(path: Any) -> str:

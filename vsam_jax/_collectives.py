@@ -34,10 +34,10 @@ def axes_of(axis_name: Any) -> Axes:
             jax.lax.axis_index(axis)
         except NameError:
             raise ValueError(
-                f'axis_name must name an axis that is mapped here, got {axis_name!r}:'
-                f' nothing around this call maps {axis!r}. Under jax.jit alone leave'
-                ' axis_name out, because one program sees all devices; in'
-                ' jax.shard_map or jax.pmap give the name of its axis.'
+                'axis_name must name an axis that is mapped here, got'
+                f' {_checks.shown(axis_name)}: nothing around this call maps {axis!r}.'
+                ' Under jax.jit alone leave axis_name out, because one program sees all'
+                ' devices; in jax.shard_map or jax.pmap give the name of its axis.'
             ) from None
     return axes
 
@@ -46,8 +46,9 @@ def check_per_device(per_device: Any, axis_name: AxisName) -> bool:
     """Returns ``per_device``; raises where there are no devices to tell apart."""
     if _checks.flag('per_device', per_device) and not axis_name:
         raise ValueError(
-            f'per_device must be False where axis_name is {axis_name!r}, got True: name'
-            ' the axis of shard_map or pmap that runs over the devices.'
+            'per_device must be False where axis_name is'
+            f' {_checks.shown(axis_name)}, got True: name the axis of shard_map or pmap'
+            ' that runs over the devices.'
         )
     return per_device
 

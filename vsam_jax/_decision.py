@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import core, lax
 
-from vsam_jax import convolutions
+from vsam_jax import _checks, convolutions
 
 T = TypeVar('T')
 
@@ -55,7 +55,8 @@ def resolve(
             )
         return jnp.asarray(sample)
     raise TypeError(
-        f'sample must be None, a Python bool or a boolean scalar array, got {sample!r}.'
+        'sample must be None, a Python bool or a boolean scalar array, got'
+        f' {_checks.shown(sample)}.'
     )
 
 

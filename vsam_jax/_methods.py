@@ -169,7 +169,8 @@ def vsam(
       (``num_micro_batches`` of :func:`vsam_jax.linen.make_train_step`).
       ``optax.MultiSteps`` around vsam runs the inner update on every
       mini-step; it is right in a traced step if ``sample=False`` on all but the
-      last one, whose ``grad_fn`` covers the whole batch. After vsam, as in
+      last one, whose ``grad_fn`` covers the whole batch, and an error if no mini-step
+      says so. After vsam, as in
       ``chain(vsam, MultiSteps(sgd, k).gradient_transformation())``, it averages the
       directions of mini-batches that have a perturbation each.
 
@@ -363,7 +364,7 @@ def lean_sam(
     share = 1 / _portions.parts_of(share, 'share')
     scale = share**0.5
     rho = _checks.radius('rho', rho)
-    scaled = (lambda count: scale * rho(count)) if callable(rho) else scale * rho
+    scaled = scale * rho if not callable(rho) else _scaled(rho, scale)
     return _steady(
         scaled,
         every,
@@ -526,6 +527,10 @@ def every_step(
     return sharpness_aware(
         perturb, sampling.Periodic(1), rule, rho, perturb_mask=perturb_mask
     )
+
+
+def _scaled(rho: optax.Schedule, scale: float) -> optax.Schedule:
+    return lambda count: scale * _checks.scheduled_radius('rho', rho(count))
 
 
 def _steady(

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vsam_jax._state import VSAMState, only_state
+from vsam_jax._state import VSAMState, check_alive, only_state
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
@@ -38,6 +38,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 
     Raises:
         ValueError: if ``state`` holds no ``VSAMState`` or several.
+        RuntimeError: if ``state`` was donated to a step.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsam_jax
@@ -54,6 +55,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     small = only_state(state)._replace(
         psf=None, rings=None, perturbation_memory=None, sampling_memory=None
     )
+    check_alive(jax.tree.leaves(small.step)[0])
     # The fields are arrays, or variables of NNX with an array each.
     fields = small._asdict().items()
     arrays: dict[str, Any] = {

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsam_jax import _checks, _numerics
+from vsam_jax import _checks, _numerics, _places
 from vsam_jax._state import states_in
 from vsam_jax._types import PyTree, Radius
 
@@ -87,15 +87,20 @@ def msam(rho: Radius = 0.3) -> optax.GradientTransformationExtraArgs:
         updates: PyTree, state: MSAMState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, MSAMState]:
         del params, extra_args
+        _places.check_last()
+        if not isinstance(state, MSAMState):
+            raise TypeError(_checks.no_state('MSAMState', state))
         _checks.same_tree(
             'updates', updates, 'the offset in state', state.offset, dtypes=False
         )
-        radius = rho(state.step) if callable(rho) else rho
         norm = _numerics.wide_norm(updates)
+        radius = _checks.current_radius('rho', rho, state.step, norm.dtype)
         scale = radius / jnp.where(norm == 0, 1, norm)
+        # An update that is not finite is for a guard to skip: it moves nothing else.
+        stays = (norm == 0) | ~jnp.isfinite(norm)
         offset = jax.tree.map(
             lambda u, old: jnp.where(
-                norm == 0, old, (scale * _numerics.widen(u)).astype(old.dtype)
+                stays, old, (scale * _numerics.widen(u)).astype(old.dtype)
             ),
             updates,
             state.offset,
@@ -148,7 +153,15 @@ def msam_eval_params(state: Any, params: PyTree) -> PyTree:
     def evaluated(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
         # Tensors that optax.masked left out have not moved.
         name = _path(path)
-        return _numerics.add_scaled(w, -1, moved[name]) if name in moved else w
+        if name not in moved:
+            return w
+        if jnp.shape(w) != jnp.shape(moved[name]):
+            raise ValueError(
+                'params must be the parameters that the optimizer with vsam_jax.msam'
+                f' trains, but at {name!r} their shape is {jnp.shape(w)} and not'
+                f' {jnp.shape(moved[name])}.'
+            )
+        return _numerics.add_scaled(w, -1, moved[name])
 
     return jax.tree_util.tree_map_with_path(evaluated, params)
 

@@ -3,15 +3,24 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import core
 
-from vsam_jax import _buffers, _decision
-from vsam_jax._state import VSAMState, is_accumulated, is_state, states_in
+from vsam_jax import _buffers, _checks, _decision
+from vsam_jax._state import (
+    VSAMState,
+    check_alive,
+    consumed,
+    is_accumulated,
+    is_consumed,
+    is_state,
+    states_in,
+)
 
 
 class PlannedStep:
@@ -42,10 +51,10 @@ class PlannedStep:
     in a later call); jit it as it is, or plan the step inside. The plan is read once a
     window (K steps), which waits for the step before; between two readings the host
     does not wait for the device. A state that did not come from the last call (a
-    restored checkpoint, another run) is noticed by the identity of its step counter,
-    without a synchronisation, and its plan is read anew, from the middle of a window
-    too. (Code that copies the whole state between two calls makes the host read at
-    every step; ``num_reads`` shows it.)
+    restored checkpoint, another run, a plan that was set by hand) is noticed by the
+    identity of its step counter and plan, without a synchronisation, and its plan is
+    read anew, from the middle of a window too. (Code that copies the whole state
+    between two calls makes the host read at every step; ``num_reads`` shows it.)
 
     *Several processes.* Each of them picks the program by its own copy of the
     plan, and all pick the same one: the plan is a function of seed, window and
@@ -104,8 +113,8 @@ class PlannedStep:
     ):
         if not callable(train_step):
             raise TypeError(
-                f'train_step must be a function, got {train_step!r}: give the step'
-                ' that a traced run would jit.'
+                f'train_step must be a function, got {_checks.shown(train_step)}: give'
+                ' the step that a traced run would jit.'
             )
         if isinstance(jit, functools.partial):
             jit_options = jit.keywords | jit_options
@@ -114,17 +123,19 @@ class PlannedStep:
         if is_jitted and (
             donate_state is not None or jit_options or jit is not jax.jit
         ):
+            options = _checks.shown(dict(donate_state=donate_state, **jit_options))
             raise ValueError(
                 'train_step must not be jitted already where jit, donate_state or'
-                f' options of jit are given, got {train_step!r} and'
-                f' {dict(donate_state=donate_state, **jit_options)}: give them to the'
-                ' jit that it went through, or the function from before.'
+                f' options of jit are given, got {_checks.shown(train_step)} and'
+                f' {options}: give them to the jit that it went through, or the'
+                ' function from before.'
             )
         takes_donations = 'donate_argnums' in inspect.signature(jit).parameters
         if donate_state and not takes_donations:
             raise ValueError(
                 f'donate_state must be None or False for jit={jit!r}, which takes no'
-                f' donate_argnums, got {donate_state!r}: tell that jit in its own way.'
+                f' donate_argnums, got {_checks.shown(donate_state)}: tell that jit in'
+                ' its own way.'
             )
         if donate_state is None:
             donate_state = takes_donations
@@ -167,20 +178,24 @@ class PlannedStep:
         leaves, layout = self._layout(args, kwargs)
         if layout.counter is None:
             return self._compiled(None, layout)(*args, **kwargs)
-        continues = self._window is not None and self._window.precedes(
-            leaves[layout.counter]
-        )
+        own = leaves[layout.counter : layout.counter + 3]
+        continues = self._window is not None and self._window.precedes(own)
         if not continues:
-            _check_alive(leaves[layout.counter])
+            check_alive(own[0])
         args, kwargs = self._own(args, kwargs, leaves, layout, continues)
         window = self._current_window(leaves, layout, continues)
         sample = window.plan[window.taken] if sample is None else sample
         program = self._compiled(sample, layout)
         counts = self._check_program(program, sample, layout, args, kwargs)
         traced = self._num_traced(program)
-        output = program(*args, **kwargs)
-        counter = self._next_counter(output, args, kwargs, leaves, layout)
-        window.follow(counter)
+        try:
+            output = program(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            _explain(error, args, kwargs)
+            raise
+        own = self._next_counters(output, args, kwargs, leaves, layout)
+        window.follow(own)
+        counter = own[0]
         # What was traced anew, for other shapes or static arguments, may update more
         # often; to look at it waits, but so did the compiler.
         counts = counts and traced == self._num_traced(program)
@@ -301,6 +316,7 @@ class PlannedStep:
                 ' beforehand. Jit train_step as it is, jax.jit(train_step).'
             )
         assert layout.counter is not None
+        check_alive(leaves[layout.counter])
         new = _Window.read(*leaves[layout.counter : layout.counter + 3])
         self.num_reads += 1
         if window is not None and continues and new.step != window.next_step:
@@ -315,22 +331,22 @@ class PlannedStep:
         self._window = new
         return new
 
-    def _next_counter(
+    def _next_counters(
         self, output: Any, args: Any, kwargs: Any, leaves: list[Any], layout: '_Layout'
-    ) -> Any:
-        """The step counter of the state that came out of a step."""
+    ) -> list[Any]:
+        """Step counter, position and plan of the state that came out of a step."""
         assert layout.counter is not None
         new, structure = jax.tree.flatten(output)
         places = self._layouts.get(structure)
         if places is None:
             places = self._layouts[structure] = _Layout.of((output,), {}, structure)
         if places.counter is not None:
-            return new[places.counter]
+            return new[places.counter : places.counter + 3]
         after, place = self._layout(args, kwargs)
         if place.counter is None or after[place.counter] is leaves[layout.counter]:
             self._window = None
             raise TypeError(_not_returned(output))
-        return after[place.counter]
+        return after[place.counter : place.counter + 3]
 
 
 class _Program:
@@ -477,7 +493,9 @@ def _as_tuple(given: Any) -> tuple[Any, ...]:
 
 def _decision_of(sample: Any) -> bool:
     if not isinstance(sample, (bool, np.bool_)):
-        raise TypeError(f'sample must be None or a Python bool, got {sample!r}.')
+        raise TypeError(
+            f'sample must be None or a Python bool, got {_checks.shown(sample)}.'
+        )
     return bool(sample)
 
 
@@ -524,15 +542,15 @@ class _Window:
     Attributes:
         plan: the decisions for the rest of the window, from where it was read.
         step: the step counter of the state that it was read from.
-        last: the counter array of the state returned last, None before a step was
-            run. It is compared by identity and never read, so it may have been
-            donated since.
+        last: counter, position and plan of the state returned last, () before a step
+            was run. They are compared by identity and never read, so they may have
+            been donated since.
         taken: how many steps were run since the plan was read.
     """
 
     plan: list[bool]
     step: int
-    last: Any = None
+    last: Sequence[Any] = ()
     taken: int = 0
 
     @property
@@ -547,26 +565,26 @@ class _Window:
         decisions = [bool(sample) for sample in plan[int(position) :]]
         return cls(plan=decisions, step=int(step))
 
-    def precedes(self, counter: Any) -> bool:
-        """Whether a state with this counter is the one that the last step returned."""
+    def precedes(self, own: Sequence[Any]) -> bool:
+        """Whether a state with this counter and plan is what the last step returned."""
         # A step that failed returned none.
-        return self.taken > 0 and counter is self.last
+        return self.taken > 0 and all(map(operator.is_, own, self.last))
 
-    def follow(self, counter: Any) -> None:
-        """Notes that a step was run, and a state with this counter came out of it."""
-        self.last = counter
+    def follow(self, own: Sequence[Any]) -> None:
+        """Notes that a step was run, and a state with these came out of it."""
+        self.last = own
         self.taken += 1
 
 
-def _check_alive(counter: Any) -> None:
-    is_array = isinstance(counter, jax.Array) and not isinstance(counter, core.Tracer)
-    if is_array and counter.is_deleted():
-        raise RuntimeError(
-            'The state was consumed by an earlier call, which reused its memory'
-            ' (donate_state=True): go on with what that call returned. To keep a'
-            ' state copy it before, jax.tree.map(jnp.copy, state), or give'
-            ' PlannedStep donate_state=False.'
-        )
+def _explain(error: Exception, args: Any, kwargs: Any) -> None:
+    """Raises a clearer error, if one was raised for arrays that are gone."""
+    if 'deleted' not in str(error):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
+        if is_consumed(leaf):
+            place, *rest = path[1:]
+            name = f'argument {_checks.where((place,))}, at {_checks.where(rest)},'
+            raise RuntimeError(consumed(name)) from error
 
 
 def _check_plan(plan: jax.Array) -> None:

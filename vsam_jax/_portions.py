@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vsam_jax import _checks
 from vsam_jax._types import PyTree
 
 
@@ -22,7 +23,7 @@ def parts_of(psf_share: Any, name: str = 'psf_share') -> int:
         psf_share, (bool, np.bool_)
     )
     if not is_real:
-        raise TypeError(f'{name} must be {allowed}, got {psf_share!r}.')
+        raise TypeError(f'{name} must be {allowed}, got {_checks.shown(psf_share)}.')
     share = float(psf_share)
     parts = round(1 / share) if 0 < share <= 1 else 0
     if not parts or abs(parts * share - 1) > 1e-6:
@@ -30,8 +31,33 @@ def parts_of(psf_share: Any, name: str = 'psf_share') -> int:
         if 0 < share < 1:
             near = fractions.Fraction(1, max(parts, 1))
             hint = f' The nearest is {near}.'
-        raise ValueError(f'{name} must be {allowed}, got {psf_share!r}.{hint}')
+        raise ValueError(
+            f'{name} must be {allowed}, got {_checks.shown(psf_share)}.{hint}'
+        )
     return parts
+
+
+def check_examples(name: str, batch: PyTree) -> None:
+    """Raises unless all arrays of a mini-batch have its examples as leading axis.
+
+    Args:
+        name: of the argument by which the mini-batch is cut.
+        batch: the mini-batch.
+    """
+    first = None
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+        shape = jnp.shape(x)
+        if not shape or (first is not None and shape[0] != first[1]):
+            other = '' if first is None else f', at {first[0]} there are {first[1]}'
+            raise ValueError(
+                f'{name} must divide the leading axis of every array of the mini-batch,'
+                ' which must be that of its examples, but at'
+                f' {_checks.where(path)} is an array of shape {shape}{other}. Repeat'
+                ' for each example what has no axis of examples (weights of classes, a'
+                ' number), or let loss_fn close over it; where one example has several'
+                ' parts, make them a second axis.'
+            )
+        first = first or (_checks.where(path), shape[0])
 
 
 def slice_of(batch: PyTree, parts: int) -> PyTree:

@@ -55,7 +55,8 @@ def rho_schedule(
     if not callable(learning_rate):
         raise TypeError(
             'learning_rate must be a schedule, a function of the update count, got'
-            f' {learning_rate!r}. With a constant rate give a constant rho.'
+            f' {_checks.shown(learning_rate)}. With a constant rate give a constant'
+            ' rho.'
         )
     min_rho = _checks.real('min_rho', min_rho)
     max_rho = _checks.real('max_rho (from min_rho on)', max_rho, low=min_rho)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax import core
 
 from vsam_jax.statistics import Rings
 
@@ -98,6 +99,28 @@ def only_state(tree: Any) -> VSAMState:
             ' outside optax.partition, into the optimizer.'
         )
     return found[0]
+
+
+def is_consumed(x: Any) -> bool:
+    """Whether something is an array whose memory was donated."""
+    is_array = isinstance(x, jax.Array) and not isinstance(x, core.Tracer)
+    return is_array and x.is_deleted()
+
+
+def check_alive(x: Any, what: str = 'The state') -> None:
+    """Raises for an array of a state, its step counter for one, that was donated."""
+    if is_consumed(x):
+        raise RuntimeError(consumed(what))
+
+
+def consumed(what: str) -> str:
+    """An error for arrays that were donated."""
+    return (
+        f'{what} was consumed by an earlier call, one that failed perhaps, which reused'
+        ' its memory (donate_state=True, donate_argnums): go on with what that call'
+        ' returned. To keep a state copy it before, jax.tree.map(jnp.copy, state), or'
+        ' give PlannedStep donate_state=False.'
+    )
 
 
 def is_accumulated(tree: Any) -> bool:

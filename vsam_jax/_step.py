@@ -117,6 +117,10 @@ class Builder:
             # What is not perturbed is still what all devices share.
             return gradient(_collectives.own_copy(params, axes), before, batch, key)
 
+        if self.num_micro_batches > 1:
+            _portions.check_examples('num_micro_batches', batch)
+        if self.psf_share != 1:
+            _portions.check_examples('psf_share', batch)
         value, grads, (after, aux) = one_pass(params)
         if self.has_overwrites(grads):
             # Sizes that were seen: over all devices the largest ones count.
@@ -257,6 +261,22 @@ def takes_extra_args(tx: Any) -> bool:
     """Whether ``tx.update`` takes arguments besides the three of any optimizer."""
     # MultiSteps passes them on, without being what says so.
     return isinstance(tx, (optax.GradientTransformationExtraArgs, optax.MultiSteps))
+
+
+def of_two(name: str, given: Any, wanted: str) -> tuple[Any, Any]:
+    """Returns ``given`` if it is a pair, or raises.
+
+    Args:
+        name: what it is.
+        given: the pair.
+        wanted: how it is written.
+    """
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        kind = _checks.kind(given)
+        if isinstance(given, (tuple, list)):
+            kind = f'{len(given)} values'
+        raise TypeError(f'{name} must be a pair, {wanted}, got {kind}.')
+    return given[0], given[1]
 
 
 def _check_accumulation(opt_state: PyTree) -> None:

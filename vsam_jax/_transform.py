@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsam_jax import _checks, _collectives, _decision, _numerics, _portions
+from vsam_jax import (
+    _checks,
+    _collectives,
+    _decision,
+    _dependence,
+    _numerics,
+    _places,
+    _portions,
+)
 from vsam_jax import perturbation as perturbations
 from vsam_jax import reuse as reuses
 from vsam_jax._state import VSAMState
@@ -76,7 +84,7 @@ def sharpness_aware(
         raise TypeError(
             'perturbation must be a function of (grads, params, rho), such as'
             ' perturbation.l2_ascent, or a perturbation.StatefulPerturbation, got'
-            f' {perturbation!r}.'
+            f' {_checks.shown(perturbation)}.'
         )
     _checks.instance('sampling', sampling, SamplingRule, 'sampling.Periodic(5)')
     _checks.instance('reuse', reuse, ReuseRule, 'reuse.NoReuse()')
@@ -92,6 +100,18 @@ def sharpness_aware(
     )
     # optax types states as array trees, which a NamedTuple of arrays is.
     return optax.GradientTransformationExtraArgs(method.init, method.update)  # pyright: ignore[reportArgumentType]
+
+
+# What an update takes by name.
+_ARGUMENTS = (
+    'grad_fn',
+    'sample',
+    'axis_name',
+    'per_device',
+    'value',
+    'psf_grad_fn',
+    'psf_share',
+)
 
 
 class _Outcome(NamedTuple):
@@ -130,9 +150,10 @@ class _Method:
         dtype = _numerics.statistics_dtype(params)
         rule = self.sampling
         _check_rule(rule)
-        budget, rings = rule.init_budget(dtype), rule.init_rings(dtype)
+        rings = rule.init_rings(dtype)
+        budget = _budget(rule, rule.init_budget(dtype), dtype)
         if rule.warmup_steps == 0:
-            budget = rule.next_budget(budget, rings)
+            budget = _budget(rule, rule.next_budget(budget, rings), dtype)
             plan = _plan(rule, budget, jnp.zeros((), jnp.int32))
         else:
             plan = jnp.ones((rule.window,), jnp.bool_)
@@ -171,14 +192,15 @@ class _Method:
         **extra_args: Any,
     ) -> tuple[PyTree, VSAMState]:
         """The direction and the next state, see :func:`vsam_jax.vsam`."""
-        del extra_args
+        _checks.no_misspelling(extra_args, _ARGUMENTS)
+        _places.check_method(sample_is_told=sample is not None)
         axes = _collectives.axes_of(axis_name)
         _collectives.check_per_device(per_device, axis_name)
         if sample is not False:
             self._check_slice(psf_grad_fn, psf_share)
         second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
         _check_update(updates, state, params, second_fn, sample)
-        self._check_memories(state, per_device)
+        self._check_state(state, params, per_device)
         _collectives.check_told(axis_name, 'the gradient', updates, params)
         _collectives.check_own('updates', updates, axes)
         # From here on every number is the same on all devices, the plan too, but
@@ -233,12 +255,22 @@ class _Method:
             memory = perturbations.observe(
                 self.perturbation, grads, params, state.perturbation_memory, mask
             )
+            if problem := _checks.difference(memory, state.perturbation_memory):
+                raise ValueError(
+                    'observe of the perturbation must return a memory like the one that'
+                    f' init made: {problem}'
+                )
             finite = jnp.isfinite(_numerics.wide_norm(grads))
             memory = _kept(finite, memory, state.perturbation_memory)
             state = state._replace(perturbation_memory=memory)
         if state.sampling_memory is not None:
             norm = jax.lax.stop_gradient(self._norm(params, state)(grads))
             wanted, memory = rule.decide(state.sampling_memory, norm)
+            if problem := _checks.difference(memory, state.sampling_memory):
+                raise ValueError(
+                    f'decide of sampling ({type(rule).__name__}) must return a memory'
+                    f' like the one that init_memory made: {problem}'
+                )
             finite = jnp.isfinite(norm)
             memory = _kept(finite, memory, state.sampling_memory)
             state = state._replace(sampling_memory=memory)
@@ -267,27 +299,20 @@ class _Method:
         Returns:
             The means over all devices. At ρ = 0 both gradients are the same bits.
         """
-        radius = self.rho(state.step) if callable(self.rho) else self.rho
-        radius = jnp.asarray(radius, _numerics.statistics_dtype(params))
+        dtype = _numerics.statistics_dtype(params)
+        radius = _checks.current_radius('rho', self.rho, state.step, dtype)
         grads = _collectives.mean(first.grads, axes)
         mask = _checks.resolve_mask('perturb_mask', self.perturb_mask, params)
         ascent = first.grads if per_device else grads
-        second = _pass_of(
-            grad_fn,
-            first.grads,
-            perturbations.perturb(
-                self.perturbation,
-                ascent,
-                params,
-                radius,
-                mask,
-                state.perturbation_memory,
-            ),
+        perturbed = perturbations.perturb(
+            self.perturbation, ascent, params, radius, mask, state.perturbation_memory
         )
+        second = _pass_of(grad_fn, first.grads, perturbed)
+        rise = _rise(first.value, second.value)
+        _check_second(second.grads, first.grads, params)
         # The second pass may round differently from the first.
         at_zero = lambda g, g_sam: jnp.where(radius == 0, g, g_sam)
         sam_grads = jax.tree.map(at_zero, first.grads, second.grads)
-        rise = _rise(first.value, second.value)
         return _Sample(
             grads=grads,
             sam_grads=_collectives.mean(sam_grads, axes),
@@ -375,6 +400,7 @@ class _Method:
         position = (state.position + 1) % rule.window
         starts = (position == 0) & (step >= rule.warmup_steps)
         budget = rule.next_budget(state.budget, outcome.rings)
+        budget = _budget(rule, budget, state.budget.dtype)
         plan = _plan(rule, budget, (step - rule.warmup_steps) // rule.window)
         rejected = taken & ~accepted
         return VSAMState(
@@ -423,13 +449,38 @@ class _Method:
                 ' out (psf_share=1), or take steady_vsam.'
             )
 
-    def _check_memories(self, state: VSAMState, per_device: bool) -> None:
-        stateful = isinstance(self.perturbation, perturbations.StatefulPerturbation)
-        found = state.perturbation_memory is not None, state.sampling_memory is not None
-        if found != (stateful, _decides(self.sampling)):
-            raise ValueError(
-                'state must be that of this method, got one with other memories: make'
-                ' it by tx.init(params) of the same optimizer.'
+    def _memories(self, params: PyTree) -> dict[str, PyTree]:
+        """What of a state is not the same in all methods, before the first step."""
+        dtype = _numerics.statistics_dtype(params)
+        return {
+            'plan': jnp.zeros((self.sampling.window,), jnp.bool_),
+            'psf': self.reuse.init(params, self.psf_dtype),
+            'rings': self.sampling.init_rings(dtype),
+            'perturbation_memory': perturbations.init(self.perturbation, params),
+            'sampling_memory': self.sampling.init_memory(dtype),
+        }
+
+    def _check_state(self, state: VSAMState, params: PyTree, per_device: bool) -> None:
+        """Raises for a state of another method, of other settings or parameters."""
+        for name, like in jax.eval_shape(self._memories, params).items():
+            found = getattr(state, name)
+            if problem := _checks.difference(found, like):
+                raise ValueError(
+                    f'state must be that of this method, with these settings and for'
+                    f' these parameters, but its {name} differs: {problem} Make it by'
+                    ' tx.init(params) of the same optimizer.'
+                )
+        dtype = jnp.result_type(state.budget)
+        if isinstance(state.budget, jax.ShapeDtypeStruct):
+            raise TypeError(
+                'state must hold arrays, got the shapes and dtypes that jax.eval_shape'
+                ' makes: run tx.init(params), or restore into them.'
+            )
+        if jnp.promote_types(dtype, jnp.float32) != dtype:
+            raise TypeError(
+                'state must hold its statistics in float32 or wider, got'
+                f' {dtype}: cast the parameters alone, and psf_dtype is'
+                ' there to store the PSF in fewer bits.'
             )
         if per_device and not getattr(self.perturbation, 'uses_gradient', True):
             raise ValueError(
@@ -482,6 +533,16 @@ def _plan(rule: SamplingRule, budget: jax.Array, window_index: jax.Array) -> jax
     return plan
 
 
+def _budget(rule: SamplingRule, budget: Any, dtype: DTypeLike) -> jax.Array:
+    """The budget that a rule gives, as an array; raises if it is none."""
+    if jnp.shape(budget):
+        raise ValueError(
+            f'the budget of sampling ({type(rule).__name__}) must be a scalar, got an'
+            f' array of shape {jnp.shape(budget)}.'
+        )
+    return jnp.asarray(budget, dtype)
+
+
 class _Pass(NamedTuple):
     """One pass over some examples: the loss, None where nobody gives it, and ∇L."""
 
@@ -501,15 +562,15 @@ def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
     """Calls ``grad_fn``, whose gradient looks like ``like``."""
     value, grads, structure = None, grad_fn(params), jax.tree.structure(like)
     if isinstance(grads, tuple) and len(grads) == 2:
-        is_gradient = jax.tree.structure(grads) == structure
-        if not is_gradient and jax.tree.structure(grads[1]) == structure:
-            value, grads = grads
-        elif not is_gradient and jax.tree.structure(grads[0]) == structure:
-            raise ValueError(
-                'grad_fn must return the gradient, or (value, gradient), got (gradient,'
-                ' something else). Does it come from jax.grad(..., has_aux=True)? Give'
-                ' its first result: grad_fn=lambda p: grad(p)[0].'
+        parts = [jax.tree.structure(x) == structure for x in (grads, *grads)]
+        if parts == [False, True, False]:
+            raise TypeError(
+                'grad_fn must return the gradient, or (value, gradient), got a gradient'
+                ' and something else, as from jax.grad(loss, has_aux=True): return the'
+                ' gradient alone, lambda p: jax.grad(loss, has_aux=True)(p, batch)[0].'
             )
+        if not parts[0] and parts[2]:
+            value, grads = grads
     _checks.same_tree(
         'the result of grad_fn',
         grads,
@@ -518,6 +579,16 @@ def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
         dtypes=True,
     )
     return _Pass(value, grads)
+
+
+def _check_second(second: PyTree, first: PyTree, params: PyTree) -> None:
+    """Raises where a second gradient is the first one, handed on."""
+    if _dependence.is_first_again(second, first, params):
+        raise ValueError(
+            'grad_fn must take the gradient at the parameters that it is given, but'
+            ' returned the first gradient, which does not depend on them. Write'
+            ' grad_fn=lambda p: jax.grad(loss)(p, batch).'
+        )
 
 
 def _rise(first: Any, second: Any) -> jax.Array:
@@ -537,15 +608,17 @@ def _rise(first: Any, second: Any) -> jax.Array:
 
 
 def _check_value(name: str, value: Any) -> None:
-    got = ''
-    if not jax.tree_util.all_leaves([value]):
-        got = f'a {type(value).__name__}'
-    elif jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        got = f'an array of shape {jnp.shape(value)} and dtype {jnp.result_type(value)}'
-    if got:
+    if isinstance(value, (tuple, list, dict)):
         raise TypeError(
-            f'{name} must be a real scalar, the loss, got {got}. Does the loss function'
-            ' return more (has_aux)? Give the loss alone.'
+            f'{name} must be a real scalar, the loss, got a {type(value).__name__}.'
+            ' jax.value_and_grad(loss, has_aux=True) returns ((loss, aux), gradient):'
+            ' give value=loss, and let grad_fn return (loss, gradient).'
+        )
+    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(
+            f'{name} must be a real scalar, the loss, got an array of shape'
+            f' {jnp.shape(value)} and dtype {jnp.result_type(value)}. Does the loss'
+            ' function return more (has_aux)? Give the loss alone.'
         )
 
 
@@ -562,6 +635,8 @@ def _check_update(
             'params must be the parameters, got None: the second gradient is taken'
             ' at params + ε. Call tx.update(grads, state, params, grad_fn=...).'
         )
+    if not isinstance(state, VSAMState):
+        raise TypeError(_checks.no_state('VSAMState', state))
     if grad_fn is not None:
         _checks.gradient_function('grad_fn', grad_fn, params)
     if grad_fn is None and sample is not False:
@@ -577,5 +652,5 @@ def _check_update(
     _checks.floating_leaves('params', params)
     _checks.same_tree('updates', updates, 'params', params, dtypes=False)
     _checks.floating_leaves('updates', updates)
-    if state.psf is not None:
+    if jax.tree.leaves(state.psf):
         _checks.same_tree('the PSF of state', state.psf, 'params', params, dtypes=False)

@@ -33,6 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vsam_jax import _checks
+from vsam_jax._state import check_alive
 from vsam_jax._types import PyTree
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ def save(
     Raises:
         TypeError: if ``config`` holds something that cannot be stored and compared.
         ValueError: if two keys of ``config`` are the same in JSON.
+        RuntimeError: if ``state`` was donated to a step.
 
     Example:
         >>> import functools, tempfile
@@ -133,6 +136,8 @@ def save(
     """
     import orbax.checkpoint as ocp
 
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        check_alive(leaf, f'The state, at {_checks.where(path)},')
     items = {
         _STATE: ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
         _CONFIGURATION: ocp.args.JsonSave(_configuration(config, state)),  # pyright: ignore[reportCallIssue]
@@ -210,7 +215,7 @@ def restore(
 def _configuration(config: Mapping[str, Any], state: PyTree) -> dict[str, Any]:
     """What is stored beside the arrays, as JSON values."""
     if not isinstance(config, Mapping):
-        raise TypeError(f'config must be a mapping, got {config!r}.')
+        raise TypeError(f'config must be a mapping, got {_checks.shown(config)}.')
     arrays = {
         jax.tree_util.keystr(path): _array_type(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -252,8 +257,9 @@ def _plain(where: str, value: Any) -> Any:
         return jnp.dtype(value).name
     raise TypeError(
         f'{where} must be a JSON value, an array of real numbers or a dtype, so that it'
-        f' can be stored and compared, got {value!r}. Describe a function or a class by'
-        " its name and numbers, such as 'cosine from 0.05 to 0 in 1000 steps'."
+        f' can be stored and compared, got {_checks.shown(value)}. Describe a function'
+        " or a class by its name and numbers, such as 'cosine from 0.05 to 0 in 1000"
+        " steps'."
     )
 
 
@@ -278,4 +284,5 @@ def _differences(where: str, found: Any, wanted: Any) -> list[str]:
     both_nan = found != found and wanted != wanted
     if found == wanted or both_nan:
         return []
-    return [f'{where} is {found!r} in the checkpoint, {wanted!r} in this run']
+    found, wanted = (_checks.shown(x) for x in (found, wanted))
+    return [f'{where} is {found} in the checkpoint, {wanted} in this run']

@@ -7,6 +7,7 @@ overflow of a scaled loss skips the update and leaves no trace.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self
 
@@ -18,9 +19,9 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state as flax_train_state
 from flax.training.dynamic_scale import DynamicScale
 
-from vsam_jax import _buffers, _collectives
+from vsam_jax import _buffers, _checks, _collectives
 from vsam_jax._state import states_in
-from vsam_jax._step import Begun, Builder, takes_extra_args
+from vsam_jax._step import Begun, Builder, of_two, takes_extra_args
 from vsam_jax._types import PyTree
 
 __all__ = ['LossFn', 'TrainState', 'make_train_step']
@@ -69,7 +70,11 @@ class TrainState(flax_train_state.TrainState):
             A new state whose buffers may be donated (those of ``params`` are among
             them).
         """
+        _check_key(dropout_key)
         if dynamic_scale is not None:
+            _checks.instance(
+                'dynamic_scale', dynamic_scale, DynamicScale, 'DynamicScale()'
+            )
             # Arrays from the start: Python numbers would compile the step twice.
             dynamic_scale = dynamic_scale.replace(
                 fin_steps=jnp.asarray(dynamic_scale.fin_steps, jnp.int32),
@@ -286,13 +291,16 @@ def make_train_step(
         overwrites=OVERWRITE_WITH_GRADIENT,
     )
 
+    if not callable(loss_fn):
+        raise TypeError(f'loss_fn must be a function, got {_checks.shown(loss_fn)}.')
+
     def train_step(
         state: flax_train_state.TrainState, batch: Any, *, sample: Any = None
     ) -> tuple[Any, Any]:
         _check_state(state)
         dynamic_scale = getattr(state, 'dynamic_scale', None)
         begun = builder.begin(
-            loss_fn,
+            _checked(loss_fn),
             state.params,
             state.opt_state,
             getattr(state, 'batch_stats', {}),
@@ -312,6 +320,51 @@ def make_train_step(
     return train_step
 
 
+def _checked(loss_fn: LossFn) -> LossFn:
+    """The loss function; what it returns is looked at before it gets anywhere."""
+    wanted = '(loss, (batch_stats, aux))'
+
+    def checked(
+        params: PyTree, batch_stats: PyTree, batch: Any, key: Any
+    ) -> tuple[jax.Array, tuple[PyTree, Any]]:
+        result = loss_fn(params, batch_stats, batch, key)
+        loss, others = of_two('the result of loss_fn', result, wanted)
+        new, aux = of_two('the second value of loss_fn', others, 'as in ' + wanted)
+        _check_statistics(batch_stats, new, aux)
+        return loss, (new, aux)
+
+    return checked
+
+
+def _check_statistics(old: PyTree, new: PyTree, aux: Any) -> None:
+    """Raises where something else stands in the place of running statistics."""
+    places = lambda tree: [
+        _checks.where(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    before, after = places(old), places(new)
+    lost = [name for name in before if name not in after]
+    problem = ''
+    if lost:
+        problem = f'it lacks {lost[0]}, which the state has'
+    elif after and not before and isinstance(aux, Mapping) and not aux:
+        problem = 'the state has none, and aux is what the state has'
+    if problem:
+        raise ValueError(
+            'loss_fn must return (loss, (batch_stats, aux)), in this order, with the'
+            f' running statistics as the state has them, but of batch_stats {problem}.'
+        )
+
+
+def _check_key(key: Any) -> None:
+    if key is None or jnp.issubdtype(getattr(key, 'dtype', int), jax.dtypes.prng_key):
+        return
+    if jnp.shape(key) == () or jnp.result_type(key) != jnp.uint32:
+        raise TypeError(
+            'dropout_key must be a key of random numbers, such as jax.random.key(0), or'
+            f' None, got {_checks.shown(key)}.'
+        )
+
+
 def _key_of(state: Any, axes: _collectives.Axes) -> jax.Array | None:
     """The random key of this step, each device's own."""
     key = getattr(state, 'dropout_key', None)
@@ -328,7 +381,7 @@ def _parts(state: Any) -> dict[str, PyTree]:
 
 def _updated(state: Any, begun: Begun) -> Any:
     """The state after the update, of whatever class it is."""
-    fields = {}
+    fields: dict[str, Any] = {}
     if hasattr(state, 'batch_stats'):
         fields['batch_stats'] = begun.collections
     elif jax.tree.leaves(begun.collections):
@@ -351,7 +404,21 @@ def _updated(state: Any, begun: Begun) -> Any:
             ' vsam_jax.linen.TrainState and hand all keyword arguments on,'
             ' super().apply_gradients(grads=grads, **kwargs).'
         )
-    return apply(grads=begun.grads, **fields, **begun.arguments)
+    new = apply(grads=begun.grads, **fields, **begun.arguments)
+    if fields and new.batch_stats is not begun.collections:
+        _check_kept(state, new)
+    return new
+
+
+def _check_kept(state: Any, new: Any) -> None:
+    """Raises where a subclass dropped the fields that it was to replace."""
+    old = jax.tree.leaves(state.batch_stats)
+    if old and all(map(operator.is_, old, jax.tree.leaves(new.batch_stats))):
+        raise TypeError(
+            f'state must take the new batch_stats, but apply_gradients of'
+            f' {type(state).__name__} dropped them: hand all keyword arguments on,'
+            ' super().apply_gradients(grads=grads, **kwargs).'
+        )
 
 
 def _check_state(state: Any) -> None:

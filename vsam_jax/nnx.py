@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from vsam_jax import _collectives
-from vsam_jax._step import Builder, takes_extra_args
+from vsam_jax import _checks, _collectives
+from vsam_jax._step import Builder, of_two, takes_extra_args
 from vsam_jax._types import PyTree
 
 __all__ = ['Optimizer', 'make_train_step', 'value_and_grad']
@@ -114,11 +114,11 @@ def value_and_grad(
         True
     """
     if not callable(f):
-        raise TypeError(f'f must be a function of a model, got {f!r}.')
+        raise TypeError(f'f must be a function of a model, got {_checks.shown(f)}.')
     if not isinstance(argnums, (int, nnx.DiffState)):
         raise TypeError(
             'argnums must be the place of the one model that is trained, an integer or'
-            f' an nnx.DiffState, got {argnums!r}.'
+            f' an nnx.DiffState, got {_checks.shown(argnums)}.'
         )
     return _TwoPasses(f, argnums, has_aux)
 
@@ -224,11 +224,14 @@ def make_train_step(
         >>> int(optimizer.step[...]), metrics['loss'].shape
         (3, ())
     """
+    if not callable(loss_fn):
+        raise TypeError(f'loss_fn must be a function, got {_checks.shown(loss_fn)}.')
     builder = Builder(num_micro_batches, axis_name, per_device, psf_share)
 
     def train_step(
         model: Any, optimizer: nnx.Optimizer, batch: Any, *, sample: Any = None
     ) -> Any:
+        _check_arguments(model, optimizer)
         view = _View(model, optimizer.wrt, batch, builder)
         dynamic_scale = nnx.as_pure(getattr(optimizer, 'dynamic_scale', None))
         opt_state = nnx.as_pure(optimizer.opt_state)
@@ -255,6 +258,20 @@ def make_train_step(
         return begun.aux
 
     return train_step
+
+
+def _check_arguments(model: Any, optimizer: Any) -> None:
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            'optimizer must be an nnx.Optimizer, made by nnx.Optimizer(model, tx,'
+            f' wrt=nnx.Param), got {_checks.kind(optimizer)}: the step is'
+            ' train_step(model, optimizer, batch).'
+        )
+    if isinstance(model, nnx.Optimizer):
+        raise TypeError(
+            'model must be a module, got an nnx.Optimizer: the step is'
+            ' train_step(model, optimizer, batch).'
+        )
 
 
 class _View:
@@ -296,7 +313,8 @@ class _View:
             modules = nnx.merge(self._graphdef, nnx.State({0: params}), others)
             model, objects = modules
             keys = _own_streams(modules, self._axes)
-            loss, aux = loss_fn(model, self._merged(objects, arrays))
+            result = loss_fn(model, self._merged(objects, arrays))
+            loss, aux = of_two('the result of loss_fn', result, '(loss, aux)')
             nnx.update(modules, keys)  # All devices' again.
             changed = nnx.split(modules, self._is_param, ...)[2]
             self._structure = jax.tree.structure(changed)

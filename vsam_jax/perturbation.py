@@ -446,6 +446,11 @@ def perturb(
         ascent = perturbation(wide, params, rho, memory)
     else:
         ascent = perturbation(picked, params, rho)
+    # A number would be added to all elements, and nothing would show it.
+    if problem := _checks.difference(ascent, params):
+        raise ValueError(
+            f'the perturbation must return a tree of arrays like params: {problem}'
+        )
     return jax.tree.map(
         lambda m, e, p: _numerics.add_scaled(p, 1.0, e) if m else p,
         mask,

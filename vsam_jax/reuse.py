@@ -199,8 +199,13 @@ class Difference(ReuseRule):
     def recall(
         self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
-        dtype = _numerics.statistics_dtype(grads)
-        return memory, (jnp.asarray(self.weight(age, norms), dtype),)
+        weight = jnp.asarray(self.weight(age, norms), _numerics.statistics_dtype(grads))
+        if weight.ndim:
+            raise ValueError(
+                f'{type(self).__name__}.weight must return a scalar, got an array of'
+                f' shape {weight.shape}.'
+            )
+        return memory, (weight,)
 
     def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:
         (weight,) = weights

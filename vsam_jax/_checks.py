@@ -20,6 +20,10 @@ from jax import core
 from vsam_jax._types import PyTree
 
 _MAX_SHOWN = 100
+_PARTS = (
+    ' If these are parts of a model that are not trained, leave them out, with None in'
+    ' their place: eqx.filter(model, eqx.is_inexact_array) of Equinox does.'
+)
 
 
 def _is_traced(value: Any) -> bool:
@@ -291,15 +295,14 @@ def floating_leaves(name: str, tree: PyTree) -> None:
         if not hasattr(leaf, 'dtype') or not hasattr(leaf, 'shape'):
             raise TypeError(
                 f'{name} must hold arrays; at {where(path)} it holds {shown(leaf)}.'
-                ' Give the trained arrays alone, with None for what is left out: of a'
-                ' model of Equinox eqx.filter(model, eqx.is_inexact_array).'
+                f'{_PARTS}'
             )
         if not _computable(leaf.dtype):
             hint = ''
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 hint = ' Make leaves of the real and the imaginary parts.'
             elif not jnp.issubdtype(leaf.dtype, jnp.floating):
-                hint = ' Leave out what is not trained, with None in its place.'
+                hint = _PARTS
             raise TypeError(
                 f'{name} must hold real floating-point arrays of 16 bits or more; at'
                 f' {where(path)} the dtype is {leaf.dtype}.{hint}'

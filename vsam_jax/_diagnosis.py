@@ -28,7 +28,9 @@ _COLUMNS = ('ρ', '‖s‖/‖g‖', 'cos(g, g_SAM)', 'noise of s', 'L(w+ε) −
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What :func:`diagnose` measured; ``print`` it, or :meth:`~vsam_jax.Diagnosis.plot` it.
+    """What :func:`diagnose` measured.
+
+    ``print`` shows it as a table, :meth:`~vsam_jax.Diagnosis.plot` as a picture.
 
     All arrays are NumPy's, in float64, with an entry per radius, R of them. Where a
     second gradient was not finite the entries of its radius are NaN.

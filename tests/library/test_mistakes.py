@@ -626,7 +626,10 @@ class Module(eqx.Module):
             lambda x: not eqx.is_array(x),
             r'at \.activation it holds .*eqx\.is_inexact_array',
         ),
-        (eqx.is_array, r'at \.count the dtype is int32\. Leave out .* None in its'),
+        (
+            eqx.is_array,
+            r'at \.count the dtype is int32\. .* leave them out, with None in their',
+        ),
     ],
 )
 def test_what_is_not_trained_in_a_module_says_how_to_leave_it_out(keep, message):

@@ -628,7 +628,7 @@ class Module(eqx.Module):
         ),
         (
             eqx.is_array,
-            r'at \.count the dtype is int32\. .* leave them out, with None in their',
+            r'at \.count the dtype is int32\. .* leave them out, with None',
         ),
     ],
 )

@@ -504,6 +504,12 @@ def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
         is_gradient = jax.tree.structure(grads) == structure
         if not is_gradient and jax.tree.structure(grads[1]) == structure:
             value, grads = grads
+        elif not is_gradient and jax.tree.structure(grads[0]) == structure:
+            raise ValueError(
+                'grad_fn must return the gradient, or (value, gradient), got (gradient,'
+                ' something else). Does it come from jax.grad(..., has_aux=True)? Give'
+                ' its first result: grad_fn=lambda p: grad(p)[0].'
+            )
     _checks.same_tree(
         'the result of grad_fn',
         grads,
@@ -531,11 +537,15 @@ def _rise(first: Any, second: Any) -> jax.Array:
 
 
 def _check_value(name: str, value: Any) -> None:
-    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    got = ''
+    if not jax.tree_util.all_leaves([value]):
+        got = f'a {type(value).__name__}'
+    elif jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        got = f'an array of shape {jnp.shape(value)} and dtype {jnp.result_type(value)}'
+    if got:
         raise TypeError(
-            f'{name} must be a real scalar, the loss, got an array of shape'
-            f' {jnp.shape(value)} and dtype {jnp.result_type(value)}. Does the loss'
-            ' function return more (has_aux)? Give the loss alone.'
+            f'{name} must be a real scalar, the loss, got {got}. Does the loss function'
+            ' return more (has_aux)? Give the loss alone.'
         )
 
 
@@ -560,9 +570,11 @@ def _check_update(
         raise ValueError(
             'grad_fn must be a function that maps parameters to the gradient of'
             ' the same mini-batch, got None. Call tx.update(grads, state, params,'
-            ' grad_fn=lambda p: jax.grad(loss)(p, batch)). A wrapper that passes no'
-            ' extra arguments on (optax.lookahead, MultiSteps.gradient_transformation)'
-            ' goes after it, not around it.'
+            ' grad_fn=lambda p: jax.grad(loss)(p, batch)). Did you give one? Then it'
+            " was not passed on. Instead of Flax's TrainState take"
+            ' vsam_jax.linen.TrainState. A wrapper that passes no extra arguments on'
+            ' (optax.lookahead, MultiSteps.gradient_transformation) goes after this'
+            ' method, not around it.'
         )
     _checks.floating_leaves('params', params)
     _checks.same_tree('updates', updates, 'params', params, dtypes=False)

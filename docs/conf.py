@@ -36,7 +36,7 @@ nitpick_ignore_regex = [
 myst_enable_extensions = ['colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors = 4
 nb_execution_mode = 'cache'
-nb_execution_timeout = 180
+nb_execution_timeout = 300
 # A failure is a warning, which `make docs` takes for an error after all have run.
 nb_execution_raise_on_error = False
 nb_execution_show_tb = True

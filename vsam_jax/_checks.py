@@ -291,17 +291,14 @@ def floating_leaves(name: str, tree: PyTree) -> None:
             ' optax.partition, because grad_fn needs the whole tree. Write'
             ' optax.chain(vsam(perturb_mask=...), optax.masked(...)) instead.'
         )
-    others = (
-        ' If these are parts of a model that are not trained, leave them out, as'
-        ' eqx.filter(model, eqx.is_inexact_array) of Equinox does.'
-    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not hasattr(leaf, 'dtype') or not hasattr(leaf, 'shape'):
             raise TypeError(
-                f'{name} must hold arrays; at {where(path)} it holds {leaf!r}.{others}'
+                f'{name} must hold arrays; at {where(path)} it holds {shown(leaf)}.'
+                f'{_PARTS}'
             )
         if not _computable(leaf.dtype):
-            hint = '' if jnp.issubdtype(leaf.dtype, jnp.floating) else others
+            hint = ''
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 hint = ' Make leaves of the real and the imaginary parts.'
             elif not jnp.issubdtype(leaf.dtype, jnp.floating):

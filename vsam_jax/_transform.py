@@ -571,12 +571,6 @@ def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
             )
         if not parts[0] and parts[2]:
             value, grads = grads
-        elif not is_gradient and jax.tree.structure(grads[0]) == structure:
-            raise ValueError(
-                'grad_fn must return the gradient, or (value, gradient), got (gradient,'
-                ' something else). Does it come from jax.grad(..., has_aux=True)? Give'
-                ' its first result: grad_fn=lambda p: grad(p)[0].'
-            )
     _checks.same_tree(
         'the result of grad_fn',
         grads,
@@ -614,15 +608,17 @@ def _rise(first: Any, second: Any) -> jax.Array:
 
 
 def _check_value(name: str, value: Any) -> None:
-    got = ''
-    if not jax.tree_util.all_leaves([value]):
-        got = f'a {type(value).__name__}'
-    elif jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        got = f'an array of shape {jnp.shape(value)} and dtype {jnp.result_type(value)}'
-    if got:
+    if isinstance(value, (tuple, list, dict)):
         raise TypeError(
-            f'{name} must be a real scalar, the loss, got {got}. Does the loss function'
-            ' return more (has_aux)? Give the loss alone.'
+            f'{name} must be a real scalar, the loss, got a {type(value).__name__}.'
+            ' jax.value_and_grad(loss, has_aux=True) returns ((loss, aux), gradient):'
+            ' give value=loss, and let grad_fn return (loss, gradient).'
+        )
+    if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(
+            f'{name} must be a real scalar, the loss, got an array of shape'
+            f' {jnp.shape(value)} and dtype {jnp.result_type(value)}. Does the loss'
+            ' function return more (has_aux)? Give the loss alone.'
         )
 
 

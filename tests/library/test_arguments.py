@@ -130,8 +130,8 @@ def update(
         ),
         (
             {'grad_fn': lambda p: (p, {'accuracy': 1.0})},
-            ValueError,
-            r'grad_fn must return the gradient, .* has_aux=True.* grad\(p\)\[0\]',
+            TypeError,
+            r'grad_fn must return the gradient, .* has_aux=True.* batch\)\[0\]',
         ),
         (
             {'grad_fn': lambda p: ((1.0, {'accuracy': 1.0}), p), 'value': 1.0},

@@ -197,7 +197,7 @@ class _Method:
         axes = _collectives.axes_of(axis_name)
         _collectives.check_per_device(per_device, axis_name)
         if sample is not False:
-            self._check_slice(psf_grad_fn, psf_share)
+            self._check_slice(grad_fn, psf_grad_fn, psf_share)
         second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
         _check_update(updates, state, params, second_fn, sample)
         self._check_state(state, params, per_device)
@@ -428,7 +428,20 @@ class _Method:
             perturbations.select(tree, measured), state.budget.dtype
         )
 
-    def _check_slice(self, psf_grad_fn: GradFn | None, psf_share: float | None) -> None:
+    def _check_slice(
+        self,
+        grad_fn: GradFn | None,
+        psf_grad_fn: GradFn | None,
+        psf_share: float | None,
+    ) -> None:
+        # A function of vsam_jax.nnx.value_and_grad knows its share.
+        if psf_grad_fn is None and getattr(grad_fn, 'psf_share', 1) != 1:
+            raise ValueError(
+                'grad_fn must take the gradient of the whole mini-batch, got one with'
+                f' psf_share={grad_fn.psf_share:g}: pass it as psf_grad_fn.'  # pyright: ignore
+            )
+        if psf_share is None:
+            psf_share = getattr(psf_grad_fn, 'psf_share', None)
         if self.parts is not None:
             parts = 1 if psf_grad_fn is None else self.parts
             if psf_share is not None:

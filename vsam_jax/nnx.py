@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from vsam_jax import _checks, _collectives
+from vsam_jax import _checks, _collectives, _portions
 from vsam_jax._step import Builder, of_two, takes_extra_args
 from vsam_jax._types import PyTree
 
@@ -70,6 +70,7 @@ def value_and_grad(
     *,
     argnums: int | nnx.DiffState = 0,
     has_aux: bool = False,
+    psf_share: float = 1,
 ) -> Callable[..., Any]:
     """As ``nnx.value_and_grad``; the result is the ``grad_fn`` of an update as well.
 
@@ -85,6 +86,9 @@ def value_and_grad(
             a filter; with a number the parameters are those of type ``nnx.Param``.
             They must be those that the optimizer is for.
         has_aux: whether ``f`` returns a pair, of the loss and anything else.
+        psf_share: 1/k takes the gradients for the PSF from every k-th example of all
+            arrays among the other arguments, along their leading axis. Pass the result
+            to ``optimizer.update`` as ``psf_grad_fn`` then, not as ``grad_fn``.
 
     Returns:
         A function of the arguments of ``f`` that returns ``(value, grads)``; after
@@ -93,6 +97,8 @@ def value_and_grad(
     Raises:
         TypeError: for several ``argnums``; from a call with parameters before one
             with a model.
+        ValueError: for a ``psf_share`` that is not 1/k, or does not divide an axis;
+            from ``update`` if the result is passed as ``grad_fn`` with such a share.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsam_jax
@@ -120,13 +126,17 @@ def value_and_grad(
             'argnums must be the place of the one model that is trained, an integer or'
             f' an nnx.DiffState, got {_checks.shown(argnums)}.'
         )
-    return _TwoPasses(f, argnums, has_aux)
+    return _TwoPasses(f, argnums, has_aux, psf_share)
 
 
 class _TwoPasses:
     """See :func:`value_and_grad`."""
 
-    def __init__(self, f: Any, argnums: int | nnx.DiffState, has_aux: bool):
+    def __init__(
+        self, f: Any, argnums: int | nnx.DiffState, has_aux: bool, psf_share: float
+    ):
+        self._parts = _portions.parts_of(psf_share)
+        self.psf_share = psf_share
         self._first = nnx.value_and_grad(f, argnums=argnums, has_aux=has_aux)
         self._second = nnx.grad(f, argnums=argnums, has_aux=has_aux)
         self._place = argnums if isinstance(argnums, int) else argnums.argnum
@@ -148,8 +158,20 @@ class _TwoPasses:
         (params,) = args
         args, kwargs = nnx.merge(*self._before)
         nnx.update(args[self._place], params)
+        if self._parts > 1:
+            data: list[Any] = list(args)
+            data[self._place] = None
+            data, kwargs = self._slice_of((data, kwargs))
+            data[self._place], args = args[self._place], data
         result = self._second(*args, **kwargs)
         return nnx.as_pure(result[0] if self._has_aux else result)
+
+    def _slice_of(self, data: Any) -> Any:
+        leaves, structure = jax.tree.flatten(data, is_leaf=_is_object)
+        arrays = [x for x in leaves if not _is_object(x)]
+        _portions.check_examples('psf_share', arrays)
+        cut = iter(_portions.slice_of(arrays, self._parts))
+        return structure.unflatten(x if _is_object(x) else next(cut) for x in leaves)
 
 
 def _holds_objects(tree: Any) -> bool:

@@ -218,6 +218,7 @@ def test_a_look_has_fewer_runs_than_the_study():
     assert sum(sum(protocol.count(found, m)[1:]) for m in look.METHODS) == 13
 
 
+@pytest.mark.slow
 def test_runs_of_a_method_share_a_program_and_its_results(task, tmp_path):
     ledger = Ledger(tmp_path / 'runs.jsonl')
     maker = many.Maker(ledger, tmp_path / 'runs', train)

@@ -20,7 +20,7 @@ PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
 
 ifeq ($(ACCELERATOR),)
 # XLA allocates the temporaries of a program anew at every call; glibc gets large ones
-# back from the kernel faster in huge pages (docs/cost.md).
+# back from the kernel faster in huge pages (docs/evidence/cost.md).
 demo bench profile paper: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 else ifeq ($(filter $(ACCELERATOR),cuda12 cuda13 tpu),)
 $(error ACCELERATOR must be cuda12, cuda13, tpu or nothing, got $(ACCELERATOR))

@@ -241,8 +241,8 @@ def make_train_step(
             does not divide moves examples between devices. BatchNorm normalizes with
             the slice's statistics in both of its passes, and does not update the
             running ones. With ``num_micro_batches`` the slice is every k-th
-            micro-batch, if k divides their number. It never holds more examples in
-            memory than one micro-batch has.
+            micro-batch, if k divides their number. It never processes more examples at
+            a time than one micro-batch has.
 
     Returns:
         ``train_step(state, batch, *, sample=None) -> (state, aux)``, a pure function.

@@ -104,7 +104,7 @@ def radius(name: str, value: Any) -> Any:
 
 def scheduled_radius(name: str, value: Any) -> Any:
     """Checks the result of a schedule of ρ, a number or a scalar array (traced too)."""
-    return _radius(f'what the schedule {name} gives', value, 'a finite number >= 0')
+    return _radius(f'the result of the schedule {name}', value, 'a finite number >= 0')
 
 
 def current_radius(name: str, value: Any, step: Any, dtype: Any) -> jax.Array:
@@ -207,8 +207,8 @@ def gradient_function(name: str, value: Any, params: PyTree) -> None:
         raise TypeError(
             f'{name} must be a function of the parameters alone, got one that takes'
             f' {signature}: {error}. Close over the rest, {name}=lambda p:'
-            ' jax.grad(loss)(p, batch). (That of optax.contrib.sam has a second'
-            ' argument, which goes.)'
+            ' jax.grad(loss)(p, batch). (If it comes from optax.contrib.sam, drop its'
+            ' second argument.)'
         ) from None
 
 
@@ -287,7 +287,7 @@ def floating_leaves(name: str, tree: PyTree) -> None:
     if masked:
         raise ValueError(
             f'{name} holds optax.MaskedNode at {where(masked[0])}: a'
-            ' sharpness-aware transformation stands outside optax.masked and'
+            ' sharpness-aware transformation must be outside optax.masked and'
             ' optax.partition, because grad_fn needs the whole tree. Write'
             ' optax.chain(vsam(perturb_mask=...), optax.masked(...)) instead.'
         )
@@ -410,8 +410,8 @@ def no_state(wanted: str, given: Any) -> str:
     if isinstance(given, (dict, list)):
         return (
             f'{text} A checkpoint that is restored without a target has dicts and lists'
-            ' for states: give the restoring function tx.init(params) as what it should'
-            ' look like (vsam_jax.checkpoint.restore takes it as an argument).'
+            ' for states: give the restoring function tx.init(params) as its target'
+            ' (the argument like of vsam_jax.checkpoint.restore).'
         )
     return f'{text} Give the state that tx.init(params) of the same optimizer made.'
 

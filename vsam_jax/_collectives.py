@@ -74,9 +74,9 @@ def check_told(axis_name: AxisName, name: str, values: PyTree, params: PyTree) -
         if not _is_checked(axis):
             raise ValueError(
                 f'axis_name must be given inside a function mapped over {axis!r}'
-                ' (jax.pmap, or jax.shard_map with check_vma=False), got None: nothing'
-                ' here tells whether devices have gradients of their own, and if they'
-                f' do their parameters part in silence.{answers}'
+                ' (jax.pmap, or jax.shard_map with check_vma=False), got None: it'
+                ' is not known here whether each device has its own gradient, and if'
+                f' so, parameters silently diverge between devices.{answers}'
             )
         for path, leaf in jax.tree_util.tree_leaves_with_path(values):
             if _vary(leaf, axis)[1] and not all(

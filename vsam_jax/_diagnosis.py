@@ -339,8 +339,8 @@ def _measured(
         numbers.append({name: [row[name] for row in rows] for name in rows[0]})
     if len(norms) < 2:
         raise ValueError(
-            'batches must hold at least two mini-batches, because noise is what they'
-            f' differ in, got {len(norms)}. A generator that was used up gives none.'
+            'batches must hold at least two mini-batches, because noise is how they'
+            f' differ, got {len(norms)}. A generator that is exhausted gives none.'
         )
     norm_of = jax.jit(_numerics.wide_norm)
     means = [norm_of(t) / len(norms) for t in (grad_total, *totals)]

@@ -72,7 +72,7 @@ def check_method(*, sample_is_told: bool) -> None:
         _told.add(found.accumulation)
     elif found.accumulation not in _told:
         raise ValueError(
-            'sample must be given where optax.MultiSteps stands around the method, got'
+            'sample must be given where optax.MultiSteps is around the method, got'
             ' None: it runs on every mini-step, and the second gradient would be that'
             ' of one mini-step alone. Give sample=False on all mini-steps but the last,'
             ' whose grad_fn covers the whole batch. Or put optax.MultiSteps around what'

@@ -135,15 +135,15 @@ class PlannedStep:
             raise ValueError(
                 'train_step must not be jitted already where jit, donate_state or'
                 f' options of jit are given, got {_checks.shown(train_step)} and'
-                f' {options}: give them to the jit that it went through, or the'
-                ' function from before.'
+                f' {options}: give them to that jit, or give the function before it'
+                ' was jitted.'
             )
         takes_donations = 'donate_argnums' in inspect.signature(jit).parameters
         if donate_state and not takes_donations:
             raise ValueError(
                 f'donate_state must be None or False for jit={jit!r}, which takes no'
-                f' donate_argnums, got {_checks.shown(donate_state)}: tell that jit in'
-                ' its own way.'
+                f' donate_argnums, got {_checks.shown(donate_state)}: use the'
+                ' option of that jit.'
             )
         if donate_state is None:
             donate_state = takes_donations
@@ -320,8 +320,8 @@ class PlannedStep:
         if layout.decides:
             raise ValueError(
                 'The state must hold a method that plans its samples, got one that'
-                ' decides from the gradient of each step (aesam): nobody knows'
-                ' beforehand. Jit train_step as it is, jax.jit(train_step).'
+                ' decides from the gradient of each step (aesam), so there is no plan'
+                ' to read. Jit train_step as it is, jax.jit(train_step).'
             )
         assert layout.counter is not None
         check_alive(leaves[layout.counter])
@@ -330,8 +330,8 @@ class PlannedStep:
         if window is not None and continues and new.step != window.next_step:
             self._window = None
             raise RuntimeError(
-                f'The state is at step {new.step} of vsam, but {window.next_step}'
-                ' is what the calls of this PlannedStep add up to: some calls did'
+                f'The state is at step {new.step} of vsam, but after the calls of this'
+                f' PlannedStep it should be at step {window.next_step}: some calls did'
                 ' not advance it. Every call must; skip a bad update after vsam, as'
                 ' in chain(vsam(...), apply_if_finite(sgd(...), ...)), not around'
                 ' it. To go on, make a new PlannedStep or restore a checkpoint.'
@@ -605,8 +605,8 @@ def _check_plan(plan: jax.Array) -> None:
     if plan.ndim != 1:
         raise ValueError(
             'The state must hold one plan, an array [window], but its plan has shape'
-            f' {plan.shape}: states that were stacked, by vmap for instance, have a'
-            ' plan each. Run them traced, inside one program.'
+            f' {plan.shape}: stacked states, from vmap for instance, have one plan'
+            ' each. Run them traced, inside one program.'
         )
 
 

@@ -117,9 +117,9 @@ def check_alive(x: Any, what: str = 'The state') -> None:
 def consumed(what: str) -> str:
     """The text of an error for arrays that were donated."""
     return (
-        f'{what} was consumed by an earlier call, one that failed perhaps, which reused'
-        ' its memory (donate_state=True, donate_argnums): go on with what that call'
-        ' returned. To keep a state copy it before, jax.tree.map(jnp.copy, state), or'
+        f'{what} was consumed by an earlier call, perhaps one that failed, which reused'
+        ' its memory (donate_state=True, donate_argnums): continue with the result of'
+        ' that call. To keep a state, copy it before, jax.tree.map(jnp.copy, state), or'
         ' give PlannedStep donate_state=False.'
     )
 

@@ -465,8 +465,8 @@ class _Method:
         if psf_grad_fn is not None and not self.reuse.takes_slices:
             raise ValueError(
                 f'psf_grad_fn must not be given to {type(self.reuse).__name__}'
-                ' (looksam), whose memory is the part of g_SAM orthogonal to g: where'
-                ' the two are gradients of different examples it says nothing. Leave it'
+                ' (looksam), whose memory is the part of g_SAM orthogonal to g: for'
+                ' gradients of different examples it is meaningless. Leave it'
                 ' out (psf_share=1), or take steady_vsam.'
             )
 

@@ -179,8 +179,8 @@ def _warn_once(error: Exception) -> None:
     warnings.warn(
         'vsam_jax.convolutions could not rewrite a program for the CPU, and uses it as'
         f' it is: {type(error).__name__}: {error} (jax {jax.__version__}). Values are'
-        ' the same; convolutions in branches and loops may be slow. This is said once.'
-        f' To silence it set the environment variable {_VARIABLE}=0, or pass'
+        ' the same; convolutions in branches and loops may be slow. This warning comes'
+        f' once. To silence it set the environment variable {_VARIABLE}=0, or pass'
         ' enabled=False to canonical.',
         RuntimeWarning,
         stacklevel=4,  # Where the wrapped function is called.

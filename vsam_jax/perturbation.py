@@ -65,7 +65,7 @@ class StatefulPerturbation(abc.ABC):
         """Returns ε; ``memory`` is the one before this step."""
 
 
-#: Maps a gradient, the parameters and ρ to ε: a function, or an object with a memory.
+#: Maps a gradient, the parameters and ρ to ε. A function, or an object with a memory.
 Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree] | StatefulPerturbation
 
 _NORM = re.compile(

@@ -87,9 +87,10 @@ def value_and_grad(
             that index and a filter. With an index, the parameters are the variables of
             type ``nnx.Param``. They must be the parameters of the optimizer.
         has_aux: whether ``f`` returns a pair of the loss and something else.
-        psf_share: 1/k takes the gradients for the PSF from every k-th example of all
-            arrays among the other arguments, along their leading axis. Pass the result
-            to ``optimizer.update`` as ``psf_grad_fn`` then, not as ``grad_fn``.
+        psf_share: 1/k computes the gradients for the PSF on every k-th example of all
+            arrays among the other arguments, along their leading axis. In that case
+            pass the result to ``optimizer.update`` as ``psf_grad_fn``, not as
+            ``grad_fn``.
 
     Returns:
         A function that takes the arguments of ``f`` and returns ``(value, grads)``.

@@ -63,7 +63,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Flax is imported by who asks for it.
+    # These import Flax, so they are loaded only on access.
     if name in ('linen', 'nnx'):
         return importlib.import_module(f'vsam_jax.{name}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

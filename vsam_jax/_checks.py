@@ -1,7 +1,7 @@
-"""Errors for bad arguments: what was given, under which name, what is allowed.
+"""Errors for bad arguments: the argument's name, its value, and what is allowed.
 
-All of this runs in Python, when a function is called or traced; nothing of it
-is part of a compiled step.
+All checks run in Python when a function is called or traced. None is part of a
+compiled step.
 """
 
 import difflib
@@ -31,7 +31,7 @@ def _is_traced(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """What was given, as errors show it: on one line, and not a page of numbers."""
+    """A value as errors show it: on one line, and without pages of numbers."""
     if getattr(value, 'shape', ()) and hasattr(value, 'dtype'):
         return f'an array of shape {value.shape} and dtype {value.dtype}'
     text = ' '.join(repr(value).split())
@@ -39,7 +39,7 @@ def shown(value: Any) -> str:
 
 
 def _reject_array(name: str, value: Any) -> None:
-    """Static arguments decide shapes and programs, so an array is refused."""
+    """Raises for an array: static arguments determine shapes and programs."""
     if isinstance(value, jax.Array):
         raise TypeError(
             f'{name} must be a Python number that is known before tracing, got'
@@ -103,22 +103,22 @@ def radius(name: str, value: Any) -> Any:
 
 
 def scheduled_radius(name: str, value: Any) -> Any:
-    """Checks what a schedule of ρ gives: a number or a scalar array, traced or not."""
-    return _radius(f'what the schedule {name} gives', value, 'a finite number >= 0')
+    """Checks the result of a schedule of ρ, a number or a scalar array (traced too)."""
+    return _radius(f'the result of the schedule {name}', value, 'a finite number >= 0')
 
 
 def current_radius(name: str, value: Any, step: Any, dtype: Any) -> jax.Array:
     """ρ of this step.
 
     Args:
-        name: of the argument.
-        value: ρ as :func:`radius` has checked it.
+        name: the name of the argument.
+        value: ρ after the check of :func:`radius`.
         step: the update count, for a schedule.
-        dtype: of the result.
+        dtype: the dtype of the result.
 
     Returns:
-        A scalar. NaN where a number that is known only when the step runs is below
-        zero, so that what is made of it cannot be taken for a result.
+        A scalar. If the number is known only when the step runs and is negative, it is
+        NaN, so that the error cannot go unnoticed.
     """
     if callable(value):
         value = scheduled_radius(name, value(step))
@@ -163,7 +163,7 @@ def floating_dtype(name: str, value: Any) -> Any:
 
 
 def _computable(dtype: Any) -> bool:
-    """Whether arrays of ``dtype`` are real numbers that jax widens by itself."""
+    """Whether ``dtype`` is a real floating-point type that jax can promote."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return False
     try:
@@ -174,7 +174,7 @@ def _computable(dtype: Any) -> bool:
 
 
 def instance(name: str, value: Any, protocol: Any, example: str) -> Any:
-    """Returns ``value`` if it has what ``protocol`` asks for, or raises."""
+    """Returns ``value`` if it is an instance of ``protocol``, or raises."""
     # A class has the attributes of its instances.
     if isinstance(value, type) or not isinstance(value, protocol):
         raise TypeError(
@@ -192,14 +192,14 @@ def flag(name: str, value: Any) -> bool:
 
 
 def gradient_function(name: str, value: Any, params: PyTree) -> None:
-    """Raises for what cannot be called with the parameters alone."""
+    """Raises unless ``value`` can be called with the parameters alone."""
     if not callable(value):
         raise TypeError(
             f'{name} must be a function of the parameters, got {shown(value)}.'
         )
     try:
         signature = inspect.signature(value)
-    except ValueError:  # That of a builtin is not known.
+    except ValueError:  # A builtin may have no known signature.
         return
     try:
         signature.bind(params)
@@ -207,13 +207,13 @@ def gradient_function(name: str, value: Any, params: PyTree) -> None:
         raise TypeError(
             f'{name} must be a function of the parameters alone, got one that takes'
             f' {signature}: {error}. Close over the rest, {name}=lambda p:'
-            ' jax.grad(loss)(p, batch). (That of optax.contrib.sam has a second'
-            ' argument, which goes.)'
+            ' jax.grad(loss)(p, batch). (If it comes from optax.contrib.sam, drop its'
+            ' second argument.)'
         ) from None
 
 
 def axis_name(name: str, value: Any) -> Any:
-    """Checks the name of a mapped axis, or several of them in a tuple."""
+    """Checks the name of a mapped axis, or a tuple of several."""
     names = value if isinstance(value, tuple) else (value,)
     if value is None or all(isinstance(n, str) for n in names):
         return value
@@ -224,7 +224,7 @@ def axis_name(name: str, value: Any) -> Any:
 
 
 def mask(name: str, value: Any) -> Any:
-    """Checks a mask before there are parameters to hold it against."""
+    """Checks a mask before there are parameters to compare it with."""
     if value is None or callable(value):
         return value
     _check_mask_leaves(name, value)
@@ -269,7 +269,7 @@ def resolve_mask(
 
 
 def floating_leaves(name: str, tree: PyTree) -> None:
-    """Raises where a leaf is no real floating-point array."""
+    """Raises if a leaf is not a real floating-point array."""
     if isinstance(tree, optax.LookaheadParams):
         raise ValueError(
             f'{name} must be the parameters that the gradient was taken at, got'
@@ -287,7 +287,7 @@ def floating_leaves(name: str, tree: PyTree) -> None:
     if masked:
         raise ValueError(
             f'{name} holds optax.MaskedNode at {where(masked[0])}: a'
-            ' sharpness-aware transformation stands outside optax.masked and'
+            ' sharpness-aware transformation must be outside optax.masked and'
             ' optax.partition, because grad_fn needs the whole tree. Write'
             ' optax.chain(vsam(perturb_mask=...), optax.masked(...)) instead.'
         )
@@ -312,7 +312,7 @@ def floating_leaves(name: str, tree: PyTree) -> None:
 def same_tree(
     name: str, tree: PyTree, like_name: str, like: PyTree, *, dtypes: bool
 ) -> None:
-    """Raises unless both trees agree in structure, shapes and (asked) dtypes."""
+    """Raises unless both trees have the same structure, shapes and (asked) dtypes."""
     if jax.tree.structure(tree) != jax.tree.structure(like):
         raise ValueError(
             f'{name} must have the tree structure of {like_name}:'
@@ -337,7 +337,7 @@ def same_tree(
 
 
 def difference(tree: PyTree, like: PyTree) -> str:
-    """Says in a line how two trees differ in structure or shapes, '' if they do not."""
+    """One line on how two trees differ in structure or shapes; '' if they do not."""
     if jax.tree.structure(tree) != jax.tree.structure(like):
         return first_difference(tree, like)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -348,12 +348,12 @@ def difference(tree: PyTree, like: PyTree) -> str:
 
 
 def first_difference(tree: PyTree, like: PyTree, *, prefix: bool = False) -> str:
-    """Says in a line where two trees of different structure begin to differ.
+    """One line on the first place where two trees differ in structure.
 
     Args:
         tree: what was given.
         like: what it should look like.
-        prefix: whether a leaf of ``tree`` may stand for a part of ``like``.
+        prefix: whether a leaf of ``tree`` may replace a subtree of ``like``.
 
     Returns:
         A sentence.
@@ -395,7 +395,7 @@ def _children(tree: PyTree) -> dict[Any, Any] | None:
 
 
 def kind(tree: PyTree) -> str:
-    """What a node or a leaf is, as errors show it."""
+    """The type of a node or leaf, as errors show it."""
     if tree is None:
         return 'None'
     name = type(tree).__name__
@@ -405,26 +405,26 @@ def kind(tree: PyTree) -> str:
 
 
 def no_state(wanted: str, given: Any) -> str:
-    """An error for what is no state of a transformation, with the likely mistake."""
+    """The text of an error for a wrong state, with the likely mistake."""
     text = f'state must be the {wanted} of the transformation, got {kind(given)}.'
     if isinstance(given, (dict, list)):
         return (
             f'{text} A checkpoint that is restored without a target has dicts and lists'
-            ' for states: give the restoring function tx.init(params) as what it should'
-            ' look like (vsam_jax.checkpoint.restore takes it as an argument).'
+            ' for states: give the restoring function tx.init(params) as its target'
+            ' (the argument like of vsam_jax.checkpoint.restore).'
         )
     return f'{text} Give the state that tx.init(params) of the same optimizer made.'
 
 
 def no_misspelling(given: Any, known: Any) -> None:
-    """Raises for arguments by name that look like one of those that are known.
+    """Raises for keyword arguments that look like misspelt known ones.
 
-    An update takes any argument by name, for the sake of others in a chain. One that
-    is misspelt would be ignored.
+    An update accepts any keyword argument, because others in a chain may use it. So it
+    would ignore a misspelt one.
 
     Args:
         given: names that the update does not know.
-        known: those that it does.
+        known: names that it knows.
     """
     for name in given:
         if name == 'rho':
@@ -441,11 +441,11 @@ def no_misspelling(given: Any, known: Any) -> None:
 
 
 def where(path: Any) -> str:
-    """A path into a tree, as errors show it."""
+    """A path in a tree, as errors show it."""
     return jax.tree_util.keystr(path) or 'its root'
 
 
 def assign(rule: Any, **values: Any) -> None:
-    """Puts checked values into a frozen dataclass that is being made."""
+    """Sets checked values in a frozen dataclass during its construction."""
     for name, value in values.items():
         object.__setattr__(rule, name, value)

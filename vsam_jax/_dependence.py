@@ -1,8 +1,9 @@
-"""Whether a second gradient is the first one, handed on.
+"""Detects a ``grad_fn`` that returns the first gradient again.
 
-Training then goes on as if there were no method. A gradient that was made of nothing is
-let through: tests give such numbers. Traced values know what they were made of; JAX
-promises nothing of how they do, so where they do not say it, nothing is claimed.
+Training would then continue as if there were no method. A gradient that depends on
+nothing passes, because tests use such numbers. Traced values know what they were
+computed from. JAX does not guarantee how they store it, so if they do not say, the
+check passes.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from vsam_jax._types import PyTree
 
 
 def is_first_again(second: PyTree, first: PyTree, params: PyTree) -> bool:
-    """Whether a second gradient is surely the first one, which was made of w.
+    """Whether a second gradient is certainly the first one, computed at w.
 
     Args:
         second: the second gradient.
@@ -21,11 +22,11 @@ def is_first_again(second: PyTree, first: PyTree, params: PyTree) -> bool:
         params: w.
 
     Returns:
-        True if it surely is; False where that cannot be told. (A gradient taken at w
-        once more looks like one that somebody took at a w + ε of their own.)
+        True if it certainly is; False if that is not known. (A gradient computed at w
+        a second time looks like one at a w + ε that the caller made.)
     """
     known, given = ({id(x) for x in jax.tree.leaves(tree)} for tree in (first, params))
-    given -= known  # A gradient that is w itself says nothing of where it is from.
+    given -= known  # A gradient that is w itself does not show its origin.
     pending, seen = jax.tree.leaves(second), set()
     if not all(id(x) in known for x in pending):
         return False

@@ -1,4 +1,4 @@
-"""What radii do at given parameters, measured before a run is spent on them."""
+"""Measures the effect of several radii at given parameters, before a run."""
 
 import dataclasses
 import itertools
@@ -14,12 +14,12 @@ from vsam_jax import _checks, _numerics, reuse
 from vsam_jax import perturbation as perturbations
 from vsam_jax._types import Mask, PyTree
 
-# Where the reading of a radius changes: conventions, no measured laws. With s below
-# a tenth of g the direction turns by less than 6 degrees. With a cosine below 0.7, by
-# more than 45: what g_SAM has beside g is longer than what it has along g.
+# Thresholds for the verdict on a radius: conventions, not measured laws. If s is below
+# a tenth of g, the direction turns by less than 6 degrees. If the cosine is below 0.7,
+# it turns by more than 45: the part of g_SAM across g is longer than the part along g.
 _HARDLY = 0.1
 _TURNED = 0.7
-# From where on s is called noise, and ε lost.
+# Above these, s counts as noise and ε as lost.
 _NOISE = 0.9
 _LOST = 0.5
 
@@ -28,27 +28,26 @@ _COLUMNS = ('ρ', '‖s‖/‖g‖', 'cos(g, g_SAM)', 'noise of s', 'L(w+ε) −
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What :func:`diagnose` measured.
+    """The measurements of :func:`diagnose`.
 
-    ``print`` shows it as a table, :meth:`~vsam_jax.Diagnosis.plot` as a picture.
+    ``print`` shows them as a table, :meth:`~vsam_jax.Diagnosis.plot` as a picture.
 
-    All arrays are NumPy's, in float64, with an entry per radius, R of them. Where a
-    second gradient was not finite the entries of its radius are NaN.
+    All arrays are float64 NumPy arrays with one entry for each of the R radii. If a
+    second gradient was not finite, the entries of its radius are NaN.
 
     Attributes:
         rhos: the radii in ascending order, of shape (R,).
         num_batches: how many mini-batches were measured.
         grad_norm: the median of ‖g‖.
-        grad_noise: the share of noise of g, in [0, 1].
+        grad_noise: the share of noise in g, in [0, 1].
         ratio: the median of ‖s‖/‖g‖, of shape (R,).
         ratio_quartiles: its quartiles over the mini-batches, of shape (2, R).
         cosine: the median of the cosine of g and g_SAM = g + s, of shape (R,).
-        psf_noise: the share of noise of s, in [0, 1], of shape (R,); NaN where s is
-            zero.
+        psf_noise: the share of noise in s, in [0, 1], of shape (R,); NaN if s is zero.
         sharpness: the mean of L(w + ε) − L(w), of shape (R,); NaN if ``grad_fn`` does
             not return the loss.
-        rounding: how much of ε is lost where w + ε is rounded to the parameters' dtype,
-            a share of ‖ε‖, of shape (R,). 0 for float32 and float64.
+        rounding: how much of ε is lost when w + ε is rounded to the parameters' dtype,
+            as a share of ‖ε‖, of shape (R,). 0 for float32 and float64.
     """
 
     rhos: np.ndarray
@@ -63,7 +62,7 @@ class Diagnosis:
     rounding: np.ndarray
 
     def __str__(self) -> str:
-        """A table, and what it says in plain words."""
+        """A table, and what it means in plain words."""
         head = (
             f'{self.num_batches} mini-batches. ‖g‖ is {self.grad_norm:.3g}, and'
             f' {_percent(self.grad_noise)} of ‖g‖² is noise.'
@@ -124,11 +123,11 @@ class Diagnosis:
     def plot(self) -> Any:
         """Draws ‖s‖/‖g‖, and cosine and noise, against ρ.
 
-        The band is that of the quartiles over the mini-batches. Worth a trial, as the
-        text has it, is what lies above the dashed lines.
+        The band shows the quartiles over the mini-batches. As in the text, radii above
+        the dashed lines are worth a trial.
 
         Returns:
-            A figure of two panels, made by ``matplotlib.pyplot``:
+            A figure of two panels, made by ``matplotlib.pyplot``. Save it with
             ``diagnosis.plot().savefig('rho.png')``.
 
         Raises:
@@ -169,46 +168,50 @@ def diagnose(
 ) -> Diagnosis:
     r"""Measures what sharpness-aware steps of several radii would do at ``params``.
 
-    For each mini-batch the gradient g is taken, and for each radius the second gradient
-    g_SAM = ∇L(w + ε). Nothing is trained. The result shows the length of the PSF,
-    s = g_SAM − g, as a share of that of g, the cosine of g and g_SAM, by how much the
-    loss rises, L(w + ε) − L(w), and the *share of noise*: the part of the mean of
-    ‖s‖² in which n mini-batches differ,
+    Take it to choose ρ before a run. For each mini-batch it computes the gradient g,
+    and for each radius the second gradient g_SAM = ∇L(w + ε). It trains nothing. For
+    each radius the result shows:
+
+    - the length of the PSF, s = g_SAM − g, relative to that of g;
+    - the cosine of g and g_SAM;
+    - the rise in the loss, L(w + ε) − L(w);
+    - the *share of noise*: the part of the mean of ‖s‖² in which the n mini-batches
+      differ,
 
     .. math::
       \frac{n}{n - 1} \Big(1 - \frac{‖\bar s‖^2}{\overline{‖s‖^2}}\Big), \quad
       \bar s = \frac1n \sum_i s_i,
 
-    held within [0, 1]: 0 where all mini-batches have the same s, 1 where what they have
-    in common is no longer than chance makes it.
+    clipped to [0, 1]. It is 0 if all mini-batches have the same s, and 1 if what they
+    have in common is no longer than chance would make it.
 
-    A radius that leaves s below a tenth of g does hardly anything. One at which g_SAM
-    turns from g by more than 45 degrees is likely too large. These are rules of thumb.
-    Measure again later in training, where the same radius may do more, or less.
+    A radius at which s is below a tenth of g has hardly any effect. A radius at which
+    g_SAM turns from g by more than 45 degrees is probably too large. These are rules of
+    thumb. Measure again later in training: the same radius may then do more, or less.
 
     Args:
-        grad_fn: ``grad_fn(params, batch)`` gives gradients, or ``(value, gradients)``
-            as ``jax.value_and_grad`` does. It is compiled. It has to give the same
-            for the same arguments: a key for dropout belongs into ``batch``.
+        grad_fn: ``grad_fn(params, batch)`` returns gradients, or ``(value, gradients)``
+            as ``jax.value_and_grad`` does. It is compiled. It must return the same
+            result for the same arguments, so put a dropout key into ``batch``.
         params: w, a tree of floating-point arrays.
-        batches: mini-batches of like shapes, at least two. Slices of them show what
-            ``psf_grad_fn`` would measure: ``(x[::8] for x in batches)``.
-        rhos: the radii, numbers > 0. It takes a gradient per radius and mini-batch, and
-            memory of the size of the parameters per radius.
-        num_batches: how many mini-batches are taken from ``batches``, which may hold
-            fewer; at least two.
-        perturbation: as of :func:`vsam_jax.sharpness_aware`. One with a memory sees the
+        batches: at least two mini-batches of the same shapes. Pass slices of them,
+            ``(x[::8] for x in batches)``, to see what ``psf_grad_fn`` would measure.
+        rhos: the radii, numbers > 0. Each costs one gradient per mini-batch, and as
+            much memory as the parameters.
+        num_batches: how many mini-batches to take from ``batches``, at least two.
+            ``batches`` may have fewer.
+        perturbation: as in :func:`vsam_jax.sharpness_aware`. One with a memory sees the
             gradients of these mini-batches.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam_jax.vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam_jax.vsam`.
 
     Returns:
-        A :class:`Diagnosis`. Sums and norms are taken in float32 or wider. Mini-batches
-        with a gradient of zero count in the shares of noise alone.
+        A :class:`Diagnosis`. Sums and norms are computed in float32 or wider.
+        Mini-batches with a zero gradient count only in the shares of noise.
 
     Raises:
-        TypeError, ValueError: for arguments that cannot be meant, fewer than two
-            mini-batches, mini-batches of unlike shapes, gradients that are not like
-            ``params``, gradients that are not finite, or all zero.
+        TypeError, ValueError: for invalid arguments, fewer than two mini-batches,
+            mini-batches of different shapes, and gradients that do not match
+            ``params``, are not finite, or are all zero.
 
     Example:
         >>> import jax, jax.numpy as jnp, vsam_jax
@@ -236,7 +239,7 @@ def diagnose(
     num_batches = _checks.integer('num_batches', num_batches, low=2)
     mask = _checks.resolve_mask('perturb_mask', perturb_mask, params)
     passes = _Passes(grad_fn, perturbation, mask)
-    # NumPy's arrays become JAX's, so that both are donated and widened alike.
+    # Turns NumPy arrays into JAX's, so that both are donated and widened alike.
     params = jax.tree.map(jnp.asarray, params)
     taken = itertools.islice(_alike(batches), num_batches)
     return _diagnosis(radii, *_measured(passes, params, radii, taken))
@@ -244,7 +247,7 @@ def diagnose(
 
 @dataclasses.dataclass(frozen=True)
 class _Passes:
-    """The two passes, as programs."""
+    """The two passes, each a program."""
 
     grad_fn: Callable[[PyTree, Any], PyTree]
     perturbation: perturbations.Perturbation
@@ -266,7 +269,7 @@ class _Passes:
         rho: jax.Array,
         total: PyTree,
     ) -> tuple[PyTree, dict[str, jax.Array]]:
-        """The sum of PSFs, and numbers of this one."""
+        """The sum of PSFs, and the numbers of this one."""
         wide = jax.tree.map(_numerics.widen, params)
         there, exact = (
             perturbations.perturb(self.perturbation, grads, w, rho, self.mask, memory)
@@ -280,7 +283,7 @@ class _Passes:
         along = jnp.asarray(optax.tree.sum(optax.tree.mul(first, sam)))
         numbers = {
             'psf_norm': norm(psf),
-            # One after the other: the product of both may be too small for a number.
+            # One division after the other: the product of both norms may underflow.
             'cosine': _share(_share(along, norm(first)), norm(sam)),
             'rounding': _share(
                 norm(optax.tree.sub(exact, there)), norm(optax.tree.sub(exact, wide))
@@ -304,7 +307,7 @@ def _measured(
 ) -> tuple[np.ndarray, list[dict[str, np.ndarray]], np.ndarray]:
     """Norms of g, numbers by mini-batch and radius, and norms of the means.
 
-    Of the means the first is that of g, the others are those of s.
+    The first mean is that of g, the others are those of s.
     """
     first, observe = jax.jit(passes.first, donate_argnums=2), jax.jit(passes.observe)
     second = jax.jit(passes.second, donate_argnums=6)
@@ -325,7 +328,7 @@ def _measured(
             rows.append(row)
         if memory is not None:
             memory = observe(grads, params, memory)
-        # Waits for the device: no more than one mini-batch is on its way to it.
+        # Waits for the device, so that at most one mini-batch is in flight.
         norm, rows = jax.device_get((norm, rows))
         if not np.isfinite(norm):
             raise ValueError(
@@ -336,8 +339,8 @@ def _measured(
         numbers.append({name: [row[name] for row in rows] for name in rows[0]})
     if len(norms) < 2:
         raise ValueError(
-            'batches must hold at least two mini-batches, because noise is what they'
-            f' differ in, got {len(norms)}. A generator that was used up gives none.'
+            'batches must hold at least two mini-batches, because noise is how they'
+            f' differ, got {len(norms)}. A generator that is exhausted gives none.'
         )
     norm_of = jax.jit(_numerics.wide_norm)
     means = [norm_of(t) / len(norms) for t in (grad_total, *totals)]
@@ -350,7 +353,7 @@ def _diagnosis(
     numbers: list[dict[str, Any]],
     mean_norms: np.ndarray,
 ) -> Diagnosis:
-    """What is read off the numbers of all mini-batches."""
+    """Summarizes the numbers of all mini-batches."""
     counts = grad_norms > 0
     if not counts.any():
         raise ValueError(
@@ -363,7 +366,7 @@ def _diagnosis(
     }
     psf_norms = columns['psf_norm']
     ratios = psf_norms[counts] / grad_norms[counts, None]
-    # NaN is what medians make of them.
+    # Medians turn them into NaN.
     ratios = np.where(np.isfinite(ratios), ratios, np.nan)
     mean = lambda name: columns[name].mean(axis=0)
     has_value = 'sharpness' in columns
@@ -382,7 +385,7 @@ def _diagnosis(
 
 
 def _noise(norms: np.ndarray, mean_norms: np.ndarray) -> np.ndarray:
-    """The share of noise, of shape (R,), NaN where all is zero or not finite."""
+    """The share of noise, of shape (R,); NaN where norms are zero or not finite."""
     n, power = len(norms), (norms**2).mean(axis=0)
     usable = np.isfinite(power) & (power > 0)
     common = mean_norms**2 / np.where(usable, power, 1)
@@ -391,7 +394,7 @@ def _noise(norms: np.ndarray, mean_norms: np.ndarray) -> np.ndarray:
 
 
 def _told(result: Any, params: PyTree) -> tuple[Any, PyTree]:
-    """The loss, None where it is not told, and the gradient."""
+    """The loss, or None if it is not returned, and the gradient."""
     value, grads, structure = None, result, jax.tree.structure(params)
     if isinstance(result, tuple) and len(result) == 2:
         is_gradient = jax.tree.structure(result) == structure
@@ -426,7 +429,7 @@ def _radii(rhos: Any) -> np.ndarray:
 
 
 def _alike(batches: Iterable[Any]) -> Iterable[Any]:
-    """The mini-batches; raises at one that is not like the first."""
+    """The mini-batches; raises at one whose shapes differ from the first."""
     like = None
     for i, batch in enumerate(batches):
         like = batch if i == 0 else like
@@ -442,7 +445,7 @@ def _alike(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
-    """part / whole, 0 where both are."""
+    """part / whole, and 0 where both are 0."""
     return part / jnp.where(whole == 0, 1, whole)
 
 

@@ -1,9 +1,9 @@
-"""Where a transformation stands: what optax calls around its update, and before it.
+"""The place of a transformation in a chain, found from the calls around its update.
 
-optax does not tell a transformation its place. But a gradient that was clipped before
-it reaches a method is not the one that ``grad_fn`` returns, and nothing in the numbers
-shows it. The calls that led to an update do. They are looked at in Python, while a step
-is traced. Where another version of optax makes other calls, nothing is refused.
+optax does not tell a transformation its place. But if a gradient is clipped before it
+reaches a method, it is not the one that ``grad_fn`` returns, and the numbers do not
+show it. The Python calls that led to an update do. They are inspected while a step is
+traced. If another version of optax makes other calls, the check passes.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import optax
 
-# Around a method of whose mini-steps one was told not to sample.
+# Wrappers of a method in which at least one mini-step passed ``sample``.
 _told: weakref.WeakSet[optax.MultiSteps] = weakref.WeakSet()
 
 
@@ -23,7 +23,7 @@ class Place(NamedTuple):
     Attributes:
         before: how many transformations of an ``optax.chain`` were called before it.
         after: how many will be called after it.
-        accumulation: the ``optax.MultiSteps`` that stands around it, or None.
+        accumulation: the ``optax.MultiSteps`` around it, or None.
     """
 
     before: int
@@ -32,12 +32,12 @@ class Place(NamedTuple):
 
 
 def place(frame: FrameType | None) -> Place:
-    """The place of the transformation whose update was called by this frame."""
+    """The place of the transformation whose update this frame called."""
     before, after, accumulation = 0, 0, None
-    # JAX stands between, where a wrapper calls its inner update in a conditional.
+    # JAX frames are in between if a wrapper calls its inner update in a conditional.
     while frame is not None and (package := _package(frame)) in ('optax', 'jax'):
         values = frame.f_locals if package == 'optax' else {}
-        # Of optax.chain, and of optax.named_chain.
+        # The local variables of optax.chain, and of optax.named_chain.
         functions = values.get('update_fns', values.get('transforms'))
         made = values.get('new_state')
         if isinstance(functions, (tuple, list)) and isinstance(made, (list, dict)):
@@ -50,12 +50,12 @@ def place(frame: FrameType | None) -> Place:
 
 
 def check_method(*, sample_is_told: bool) -> None:
-    """Raises where a method would compare gradients that do not belong together.
+    """Raises if a method would compare gradients that do not belong together.
 
-    To be called by the update of the method.
+    Call it from the update of the method.
 
     Args:
-        sample_is_told: whether the caller of the update says if the step is sampled.
+        sample_is_told: whether the caller of the update passed ``sample``.
     """
     found = place(sys._getframe(2))
     if found.before:
@@ -72,7 +72,7 @@ def check_method(*, sample_is_told: bool) -> None:
         _told.add(found.accumulation)
     elif found.accumulation not in _told:
         raise ValueError(
-            'sample must be given where optax.MultiSteps stands around the method, got'
+            'sample must be given where optax.MultiSteps is around the method, got'
             ' None: it runs on every mini-step, and the second gradient would be that'
             ' of one mini-step alone. Give sample=False on all mini-steps but the last,'
             ' whose grad_fn covers the whole batch. Or put optax.MultiSteps around what'
@@ -82,7 +82,7 @@ def check_method(*, sample_is_told: bool) -> None:
 
 
 def check_last() -> None:
-    """Raises unless the transformation that calls this is the last one in a chain."""
+    """Raises unless the transformation that calls this is the last in its chain."""
     found = place(sys._getframe(2))
     if found.after:
         raise ValueError(

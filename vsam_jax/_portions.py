@@ -1,7 +1,7 @@
-"""Parts of a mini-batch: micro-batches one after the other, and slices.
+"""Parts of a mini-batch: micro-batches and slices.
 
-A slice is every k-th example, not the first ones: where a mini-batch lies on several
-devices each then has a share of the slice, and nothing moves between them.
+A slice is every k-th example, not the first few. So if a mini-batch is spread over
+several devices, each has a share of the slice, and no data moves between them.
 """
 
 import fractions
@@ -17,7 +17,7 @@ from vsam_jax._types import PyTree
 
 
 def parts_of(psf_share: Any, name: str = 'psf_share') -> int:
-    """The number k for a share of 1/k; raises for other shares, under their name."""
+    """The number k for a share of 1/k; raises for other shares."""
     allowed = 'one divided by an integer, such as 1/8, or 1 for the whole mini-batch'
     is_real = isinstance(psf_share, numbers.Real) and not isinstance(
         psf_share, (bool, np.bool_)
@@ -38,10 +38,10 @@ def parts_of(psf_share: Any, name: str = 'psf_share') -> int:
 
 
 def check_examples(name: str, batch: PyTree) -> None:
-    """Raises unless all arrays of a mini-batch have its examples as leading axis.
+    """Raises unless all arrays of a mini-batch have the examples as leading axis.
 
     Args:
-        name: of the argument by which the mini-batch is cut.
+        name: the name of the argument that cuts the mini-batch.
         batch: the mini-batch.
     """
     first = None
@@ -79,13 +79,13 @@ def _every(x: Any, parts: int) -> jax.Array:
             f'{each}, got psf_share=1/{parts} for an array of shape {shape}. Shares'
             f' that do: {", ".join(good[:8]) or "none but 1"}.'
         )
-    # Split, so that an axis over devices stays with the examples that are kept.
+    # Split so that an axis over devices stays with the examples that are kept.
     grouped = jnp.reshape(x, (shape[0] // parts, parts, *shape[1:]))
     return jax.lax.index_in_dim(grouped, 0, axis=1, keepdims=False)
 
 
 def _devices_of(x: Any) -> int:
-    """Over how many devices the type of an array says its examples lie."""
+    """How many devices the examples are spread over, by the type of the array."""
     sharding = getattr(jax.typeof(x), 'sharding', None)
     if sharding is None or sharding.mesh.empty or not jnp.shape(x):
         return 1

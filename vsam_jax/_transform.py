@@ -1,9 +1,9 @@
 r"""The update that all methods of the family share.
 
-A method is a choice of three: where the second gradient is taken
-(:mod:`vsam_jax.perturbation`), when (:mod:`vsam_jax.sampling`) and how an old
-one is reused (:mod:`vsam_jax.reuse`). This module puts any three together into
-an optax transformation; it knows none of them by name.
+A method makes three choices: where the second gradient is taken
+(:mod:`vsam_jax.perturbation`), when it is taken (:mod:`vsam_jax.sampling`) and how an
+old one is reused (:mod:`vsam_jax.reuse`). This module combines any three of them into
+an optax transformation. It does not depend on particular ones.
 """
 
 import dataclasses
@@ -44,28 +44,35 @@ def sharpness_aware(
     psf_dtype: DTypeLike = None,
     share: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Puts a perturbation, a sampling rule and a reuse rule together.
+    """Builds a method from a perturbation, a sampling rule and a reuse rule.
 
-    The methods with a name (:func:`vsam_jax.vsam` and its relatives) are calls of
-    this function; their docstrings describe what ``init`` and ``update`` do.
+    Take it to write your own method. Put the result first in ``optax.chain``, before
+    the optimizer. On its own it returns a direction that goes uphill, as a gradient
+    does.
+
+    The named methods (:func:`vsam_jax.vsam` and its relatives) all call this function.
+    Their docstrings describe ``init`` and ``update``.
 
     Args:
         perturbation: where the second gradient is taken.
         sampling: when it is taken.
         reuse: how an old one is reused.
-        rho: ρ, see :func:`vsam_jax.vsam`, and so on for the other arguments.
-        stats_mask: which tensors the statistics are taken over.
-        perturb_mask: which tensors are perturbed.
-        psf_dtype: dtype in which the memory is stored.
-        share: the share of the mini-batch, 1/k, that the radius is meant for: an update
-            that takes its second gradient of another one is an error. None allows any.
+        rho: ρ, as in :func:`vsam_jax.vsam`.
+        stats_mask: the tensors over which the statistics take their norms, as in
+            :func:`vsam_jax.vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam_jax.vsam`.
+        psf_dtype: the dtype in which the memory is stored, as in
+            :func:`vsam_jax.vsam`.
+        share: 1/k, the share of the mini-batch for which the radius is meant. An update
+            whose second gradient is taken on another share raises an error. None allows
+            any.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
         :class:`vsam_jax.VSAMState`.
 
     Raises:
-        TypeError, ValueError: for arguments that are no rules, masks, radii or dtypes.
+        TypeError, ValueError: for invalid rules, masks, radii or dtypes.
 
     Example:
         Plain SAM on a random half of the steps:
@@ -102,7 +109,7 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(method.init, method.update)  # pyright: ignore[reportArgumentType]
 
 
-# What an update takes by name.
+# The keyword arguments of an update.
 _ARGUMENTS = (
     'grad_fn',
     'sample',
@@ -115,9 +122,9 @@ _ARGUMENTS = (
 
 
 class _Outcome(NamedTuple):
-    """What the sampled and the unsampled half of an update both return.
+    """The result of both branches of an update, sampled and not.
 
-    This is all that passes through the branches of a conditional.
+    Nothing else passes through a conditional.
     """
 
     memory: PyTree
@@ -131,7 +138,7 @@ class _Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Method:
-    """Where, when and how, and what all of them share."""
+    """A choice of where, when and how, and the code that all choices share."""
 
     perturbation: Perturbation
     sampling: SamplingRule
@@ -159,7 +166,7 @@ class _Method:
             plan = jnp.ones((rule.window,), jnp.bool_)
         return VSAMState(
             step=jnp.zeros((), jnp.int32),
-            # Windows start at step W; counted backwards they cover the warm-up.
+            # Windows start at step W. Counted backwards, they cover the warm-up too.
             position=jnp.array(-rule.warmup_steps % rule.window, jnp.int32),
             plan=plan,
             budget=budget,
@@ -191,7 +198,7 @@ class _Method:
         psf_share: float | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, VSAMState]:
-        """The direction and the next state, see :func:`vsam_jax.vsam`."""
+        """Returns the direction and the next state, see :func:`vsam_jax.vsam`."""
         _checks.no_misspelling(extra_args, _ARGUMENTS)
         _places.check_method(sample_is_told=sample is not None)
         axes = _collectives.axes_of(axis_name)
@@ -203,8 +210,8 @@ class _Method:
         self._check_state(state, params, per_device)
         _collectives.check_told(axis_name, 'the gradient', updates, params)
         _collectives.check_own('updates', updates, axes)
-        # From here on every number is the same on all devices, the plan too, but
-        # for what the second pass sees and returns.
+        # From here on all numbers, the plan included, are the same on all devices,
+        # except those that go into and come out of the second pass.
         grads = _collectives.mean(updates, axes)
         before = state
         state, rule = self._observe(grads, params, before)
@@ -226,15 +233,15 @@ class _Method:
         direction = self.reuse.direction(grads, outcome.memory, outcome.weights)
         taken = jnp.asarray(sample, jnp.bool_)
         if sample is not False:
-            # Traced, the older memory has taken its place, and norms overflow before
-            # gradients do: show that there was one.
+            # In a traced step the older memory has replaced a rejected one, and norms
+            # overflow before gradients do. NaN shows that the sample was rejected.
             rejected = taken & ~outcome.accepted
             direction = jax.tree.map(
                 lambda d: jnp.where(rejected, jnp.nan, d), direction
             )
         if self._stores(state) and sample is True:
-            # Not before the direction is made: the older memory is not read for that,
-            # and so need not be copied.
+            # After the direction, which does not read the older memory. So that memory
+            # need not be copied.
             kept = _kept(outcome.accepted, outcome.memory, state.psf)
             outcome = outcome._replace(memory=kept)
         return direction, self._advance(state, outcome, taken)
@@ -242,12 +249,13 @@ class _Method:
     def _observe(
         self, grads: PyTree, params: PyTree, state: VSAMState
     ) -> tuple[VSAMState, Callable[[], jax.Array]]:
-        """What rules with a memory of their own make of the gradient of any step.
+        """Updates the memories of perturbation and sampling rule with the gradient.
 
-        A gradient that is not finite leaves their memories as they are.
+        A gradient that is not finite leaves them unchanged.
 
         Returns:
-            The state with these memories, and what says whether the step is sampled.
+            The state with these memories, and a function that decides whether the step
+            is sampled.
         """
         decided, rule = lambda: state.plan[state.position], self.sampling
         if state.perturbation_memory is not None:
@@ -286,18 +294,18 @@ class _Method:
         axes: _collectives.Axes,
         per_device: bool,
     ) -> '_Sample':
-        """The second pass over the examples of the first one, and what both give.
+        """Runs the second pass on the examples of the first, and combines both.
 
         Args:
             first: each device's own first pass.
-            grad_fn: takes another one.
+            grad_fn: runs another pass.
             params: w, each device's own copy.
-            state: before this update.
-            axes: to average over.
-            per_device: whether ε is of each device's own gradient.
+            state: the state before this update.
+            axes: the axes to average over.
+            per_device: whether ε comes from each device's own gradient.
 
         Returns:
-            The means over all devices. At ρ = 0 both gradients are the same bits.
+            The means over all devices. At ρ = 0 both gradients have the same bits.
         """
         dtype = _numerics.statistics_dtype(params)
         radius = _checks.current_radius('rho', self.rho, state.step, dtype)
@@ -328,12 +336,12 @@ class _Method:
         sample: bool | jax.Array,
         is_slice: bool,
     ) -> _Outcome:
-        """What a sample leaves behind: nothing, if it is not finite."""
+        """The outcome of a sample; one that is not finite changes nothing."""
         dtype = state.budget.dtype
         psf = reuses.psf_of(two.grads, two.sam_grads)
         first, second = two.grads, two.sam_grads
         if is_slice and not self._stores(state):
-            # What stores no difference makes the direction of g_SAM: here g + s.
+            # Rules that store no difference use g_SAM, which here is g + s.
             first = grads
             second = jax.tree.map(
                 lambda g, s: _numerics.add_scaled(g, 1, s), grads, psf
@@ -342,18 +350,18 @@ class _Method:
         norm = self._norm(params, state)
         grad_norm, psf_norm = norm(grads), norm(psf)
         own_norm = norm(two.grads) if is_slice else grad_norm
-        # The norm of the memory sees tensors that stats_mask leaves out, and
-        # numbers that overflow in a narrow psf_dtype.
+        # The norm of the memory also covers tensors outside stats_mask, and numbers
+        # that overflow in a narrow psf_dtype.
         norms = [grad_norm, own_norm, psf_norm, _numerics.wide_norm(memory, dtype)]
         accepted = jnp.isfinite(jnp.stack(norms)).all()
-        # Decisions are not differentiated: they are piecewise constant, and the
+        # Decisions are not differentiated. They are piecewise constant, and the
         # derivative of a norm at zero is not finite.
         grad_norm, own_norm, psf_norm, sharpness = jax.lax.stop_gradient(
             (grad_norm, own_norm, psf_norm, two.sharpness.astype(dtype))
         )
         if self._stores(state) and sample is not True:
-            # Inside the branch, so that it is written where the older one was:
-            # a conditional copies what is needed after it as it was before.
+            # Selected inside the branch, so that the result can reuse the buffer of
+            # the older memory: a conditional copies any input that is used after it.
             memory = _kept(accepted, memory, state.psf)
         observed = self.sampling.observe(state.rings, own_norm, psf_norm)
         return _Outcome(
@@ -369,7 +377,7 @@ class _Method:
         )
 
     def _recall(self, grads: PyTree, state: VSAMState) -> _Outcome:
-        """The memory and weights of a step without a second gradient."""
+        """The outcome of a step without a second gradient."""
         memory, weights = self.reuse.recall(
             grads,
             state.psf,
@@ -391,8 +399,8 @@ class _Method:
     ) -> VSAMState:
         """The state of the next update.
 
-        Where a window starts with it, budget and plan are those of that window; the
-        plan is a small array, so it is made on every step and selected, which needs
+        If that update starts a window, budget and plan are those of the new window. The
+        plan is a small array, so it is computed on every step and selected. This needs
         no conditional.
         """
         rule, accepted = self.sampling, outcome.accepted
@@ -422,7 +430,7 @@ class _Method:
         )
 
     def _norm(self, params: PyTree, state: VSAMState) -> Callable[[PyTree], jax.Array]:
-        """The norm of the statistics, over the tensors of ``stats_mask``."""
+        """The norm over the tensors of ``stats_mask``, for the statistics."""
         measured = _checks.resolve_mask('stats_mask', self.stats_mask, params)
         return lambda tree: _numerics.wide_norm(
             perturbations.select(tree, measured), state.budget.dtype
@@ -457,13 +465,13 @@ class _Method:
         if psf_grad_fn is not None and not self.reuse.takes_slices:
             raise ValueError(
                 f'psf_grad_fn must not be given to {type(self.reuse).__name__}'
-                ' (looksam), whose memory is the part of g_SAM orthogonal to g: where'
-                ' the two are gradients of different examples it says nothing. Leave it'
+                ' (looksam), whose memory is the part of g_SAM orthogonal to g: for'
+                ' gradients of different examples it is meaningless. Leave it'
                 ' out (psf_share=1), or take steady_vsam.'
             )
 
     def _memories(self, params: PyTree) -> dict[str, PyTree]:
-        """What of a state is not the same in all methods, before the first step."""
+        """The parts of an initial state that differ between methods."""
         dtype = _numerics.statistics_dtype(params)
         return {
             'plan': jnp.zeros((self.sampling.window,), jnp.bool_),
@@ -474,7 +482,7 @@ class _Method:
         }
 
     def _check_state(self, state: VSAMState, params: PyTree, per_device: bool) -> None:
-        """Raises for a state of another method, of other settings or parameters."""
+        """Raises for a state of another method, other settings or other parameters."""
         for name, like in jax.eval_shape(self._memories, params).items():
             found = getattr(state, name)
             if problem := _checks.difference(found, like):
@@ -507,10 +515,10 @@ class _Method:
 
 
 def _kept(accepted: jax.Array, new: PyTree, older: PyTree) -> PyTree:
-    """The new tree or, after a sample that cannot be used, the older one."""
+    """The new tree, or the older one if the sample was rejected."""
 
     def kept(x: jax.Array, old: jax.Array) -> jax.Array:
-        # Gradients may be wider than the parameters; the state keeps its types.
+        # Gradients may be wider than the parameters, but the state keeps its dtypes.
         if jnp.issubdtype(old.dtype, jnp.floating):
             x = x.astype(old.dtype)
         return jnp.where(accepted, x, old)
@@ -524,7 +532,7 @@ def _decides(rule: SamplingRule) -> bool:
 
 
 def _check_rule(rule: SamplingRule) -> None:
-    """Raises for a sampling rule of somebody's own that cannot be meant."""
+    """Raises for an invalid user-defined sampling rule."""
     name = f'sampling ({type(rule).__name__})'
     _checks.integer(f'window of {name}', getattr(rule, 'window', None), low=1)
     if _decides(rule) and rule.init_memory(jnp.float32) is None:
@@ -535,7 +543,7 @@ def _check_rule(rule: SamplingRule) -> None:
 
 
 def _plan(rule: SamplingRule, budget: jax.Array, window_index: jax.Array) -> jax.Array:
-    """The plan of a window; raises if it is none."""
+    """The plan of a window; raises if it is not valid."""
     plan = rule.plan(budget, window_index)
     if jnp.shape(plan) != (rule.window,) or jnp.result_type(plan) != jnp.bool_:
         raise ValueError(
@@ -547,7 +555,7 @@ def _plan(rule: SamplingRule, budget: jax.Array, window_index: jax.Array) -> jax
 
 
 def _budget(rule: SamplingRule, budget: Any, dtype: DTypeLike) -> jax.Array:
-    """The budget that a rule gives, as an array; raises if it is none."""
+    """The budget of a rule as an array; raises if it is not a scalar."""
     if jnp.shape(budget):
         raise ValueError(
             f'the budget of sampling ({type(rule).__name__}) must be a scalar, got an'
@@ -557,14 +565,14 @@ def _budget(rule: SamplingRule, budget: Any, dtype: DTypeLike) -> jax.Array:
 
 
 class _Pass(NamedTuple):
-    """One pass over some examples: the loss, None where nobody gives it, and ∇L."""
+    """One pass over some examples: the loss, or None if unknown, and ∇L."""
 
     value: Any
     grads: PyTree
 
 
 class _Sample(NamedTuple):
-    """∇L(w), ∇L(w + ε) and L(w + ε) − L(w) of the same examples, means over devices."""
+    """∇L(w), ∇L(w + ε) and L(w + ε) − L(w) on the same examples, device means."""
 
     grads: PyTree
     sam_grads: PyTree
@@ -572,7 +580,7 @@ class _Sample(NamedTuple):
 
 
 def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
-    """Calls ``grad_fn``, whose gradient looks like ``like``."""
+    """Calls ``grad_fn``, whose gradient must look like ``like``."""
     value, grads, structure = None, grad_fn(params), jax.tree.structure(like)
     if isinstance(grads, tuple) and len(grads) == 2:
         parts = [jax.tree.structure(x) == structure for x in (grads, *grads)]
@@ -595,7 +603,7 @@ def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
 
 
 def _check_second(second: PyTree, first: PyTree, params: PyTree) -> None:
-    """Raises where a second gradient is the first one, handed on."""
+    """Raises if ``grad_fn`` returned the first gradient instead of a second."""
     if _dependence.is_first_again(second, first, params):
         raise ValueError(
             'grad_fn must take the gradient at the parameters that it is given, but'
@@ -605,7 +613,7 @@ def _check_second(second: PyTree, first: PyTree, params: PyTree) -> None:
 
 
 def _rise(first: Any, second: Any) -> jax.Array:
-    """L(w + ε) − L(w), NaN where it is not known."""
+    """L(w + ε) − L(w), or NaN if it is not known."""
     if second is None:
         return jnp.full((), jnp.nan)
     if first is None:
@@ -642,7 +650,7 @@ def _check_update(
     grad_fn: GradFn | None,
     sample: Any,
 ) -> None:
-    """Raises for arguments of ``update`` that cannot be meant."""
+    """Raises for invalid arguments of ``update``."""
     if params is None:
         raise ValueError(
             'params must be the parameters, got None: the second gradient is taken'

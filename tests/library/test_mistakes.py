@@ -206,7 +206,7 @@ def test_arguments_of_other_optimizers_pass():
 def test_a_schedule_that_gives_no_radius_is_named(method, given, error, message):
     tx = method(lambda count: given)
     slice_fn = {'psf_grad_fn': grad_fn} if method is vsam_jax.lean_sam else {}
-    with pytest.raises(error, match=f'what the schedule rho gives must.*{message}'):
+    with pytest.raises(error, match=f'the result of the schedule rho must.*{message}'):
         update(tx, **slice_fn)
 
 
@@ -336,7 +336,7 @@ def test_after_a_step_that_failed_the_error_says_what_is_gone():
     with pytest.raises(Exception, match='The data ended'):
         jax.block_until_ready(step(params, state, jnp.ones(())))
     with pytest.raises(
-        RuntimeError, match='consumed by an earlier call, one that fail'
+        RuntimeError, match='consumed by an earlier call, perhaps one that fail'
     ):
         step(params, state, jnp.zeros(()))
 

@@ -1,5 +1,6 @@
 """Settings that all tests share."""
 
+import gc
 import os
 import pathlib
 
@@ -32,6 +33,10 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     for name, value in CACHE.items():
         os.environ[name.upper()] = str(value)
         jax.config.update(name, value)
+
+# Tracing makes many small objects that live long. To look through all of them as often
+# as Python does by default is a tenth of the time, and more as they become more.
+gc.set_threshold(50_000, 20, 50)
 
 hypothesis.settings.register_profile(
     'default',

@@ -164,7 +164,8 @@ class _TwoPasses:
             data: list[Any] = list(args)
             data[self._place] = None
             data, kwargs = self._slice_of((data, kwargs))
-            data[self._place], args = args[self._place], tuple(data)
+            data[self._place] = args[self._place]
+            args = tuple(data)
         result = self._second(*args, **kwargs)
         return nnx.as_pure(result[0] if self._has_aux else result)
 

@@ -10,13 +10,13 @@ from experiments.common import configuration
 from experiments.common.ledger import Job, Ledger
 from experiments.common.shards import Shard
 from experiments.methods import registry
+from experiments.methods.compared import METHODS
 from experiments.studies.frontier import __main__ as program
 from experiments.studies.frontier import cost, look, plan, protocol, report
-from experiments.studies.frontier.methods import METHODS
 from experiments.studies.frontier.protocol import Unit
 from experiments.studies.frontier.task import EFFORTS, Effort
 from experiments.studies.frontier.tasks import CANDIDATES, CHOSEN, NOISY, TASKS
-from experiments.training import many
+from experiments.training import many, plans
 from experiments.training.loop import train
 from tests.experiments.small import TASK
 
@@ -134,6 +134,11 @@ def test_settings_are_chosen_before_they_are_tested(task, tmp_path):
     assert protocol.quality({'test': {'loss': 2.0}}, 'test', 'loss') == -2
 
 
+def test_pieces_of_work_are_shared_out_by_their_length():
+    hours = {'a': 3.0, 'b': 2.0, 'c': 2.0, 'd': 0.5}
+    assert plans.share_out(hours, hours.__getitem__, 2) == [['a', 'd'], ['b', 'c']]
+
+
 def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     del task
     monkeypatch.setattr(program, 'Maker', Told)
@@ -157,8 +162,8 @@ def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     plan.write(made, tmp_path)
     assert '| all |' in (tmp_path / 'plan.md').read_text()
 
-    long = json.loads((tmp_path / plan.PLAN).read_text())
-    (tmp_path / plan.PLAN).write_text(json.dumps({**long, 'hours': 9.0}))
+    long = json.loads((tmp_path / plans.PLAN).read_text())
+    (tmp_path / plans.PLAN).write_text(json.dumps({**long, 'hours': 9.0}))
     with pytest.raises(configuration.ConfigError, match='takes 9'):
         run()
     run(over=True)
@@ -195,12 +200,6 @@ def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     assert json.loads(decided.read_text())['recommended'] == 'steady_03'
     assert 'Decision: recommended: steady vSAM, η = 0.3' in table.read_text()
     assert figure.read_bytes().startswith(b'\x89PNG')
-
-
-def test_tasks_are_shared_out_by_their_length():
-    hours = {'a': 3.0, 'b': 2.0, 'c': 2.0, 'd': 0.5}
-    known = {'tasks': {name: {'hours': value} for name, value in hours.items()}}
-    assert plan.share_out(known, hours, 2) == [['a', 'd'], ['b', 'c']]
 
 
 def test_costs_are_geometric_means_over_networks():

@@ -34,7 +34,7 @@ endif
 # of CUDA 12 overwrite each other.
 PEERS := $(if $(filter cuda12 tpu,$(ACCELERATOR)),experiments,benchmark)
 
-.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel docs release bench profile paper clean
+.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel docs release bench profile paper gpu-pack gpu clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
@@ -169,6 +169,19 @@ paper: $(PAPER_ENV)/.ready ## CIFAR-100 on an accelerator: tuning, seven methods
 	done
 	$(PAPER)/python -m experiments.figures --workdir=$(RUNS) \
 	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
+
+# For a machine that has jax, flax, optax, torch and scikit-learn but no package index.
+PACK := build/gpu
+GPU_PYTHON ?=
+GPU := experiments.studies.proof
+MINUTES ?= 30
+
+gpu-pack: $(PAPER_ENV)/.ready ## what such a machine lacks, into build/gpu: wheels and CIFAR-100
+	$(PAPER_ENV)/bin/python -m $(GPU).pack --output=$(PACK) --python=$(GPU_PYTHON)
+
+gpu: ## there: steps and runs on its accelerator, the most important first
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(PACK)/site $(PACK)/wheels/*.whl
+	PYTHONPATH=$(PACK)/site $(PYTHON) -m $(GPU).gpu --pack=$(PACK) --minutes=$(MINUTES) $(OPTIONS)
 
 clean: ## removes what the others made
 	rm -rf .venv-* .jax_cache build demo dist runs

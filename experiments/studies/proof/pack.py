@@ -42,7 +42,9 @@ def wanted() -> dict[str, str]:
     lines = [*project['dependencies']]
     for extra in EXTRAS:
         lines += project['optional-dependencies'][extra]
-    found = {canonicalize_name(Requirement(line).name): line for line in lines}
+    found: dict[str, str] = {
+        canonicalize_name(Requirement(line).name): line for line in lines
+    }
     found.pop(canonicalize_name(project['name']), None)
     return found
 

@@ -70,7 +70,7 @@ def cifar(
 
 
 def text() -> Any:
-    """Half a megabyte of Python's sources, for a transformer of 380,000 parameters."""
+    """Half a megabyte of Python’s sources, for a small transformer."""
     config: Any = right_labels.get_config('bytes_256')
     config.name = 'proof_text'
     config.data.update({'train': 4096, 'validation': 512, 'test': 1024})

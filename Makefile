@@ -1,7 +1,6 @@
-# make demo   trains on handwritten digits with wrong labels and shows what vSAM gains
+# make demo   trains on handwritten digits with wrong labels and shows what is gained
 # make check  lint, types, the tests of the library: while one works on it
 # make test   lint, types, tests, doctests, wheel; what continuous integration runs
-# make docs   the site, into build/docs
 # make help   all of them
 
 PYTHON ?= python3
@@ -34,7 +33,7 @@ endif
 # of CUDA 12 overwrite each other.
 PEERS := $(if $(filter cuda12 tpu,$(ACCELERATOR)),experiments,benchmark)
 
-.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel docs release bench profile paper gpu-pack gpu clean
+.PHONY: help demo check test test-slow test-versions test-oldest test-newest lint format types pytest wheel docs bench profile paper clean
 
 help:
 	@sed -nE 's/^([a-z-]+):.*## /make \1\t/p' Makefile
@@ -53,7 +52,7 @@ $(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 	$(@D)/bin/python -m pip install $(PIP) --editable '.[$(EXTRA)]'
 	@touch $@
 
-demo: .venv-demo/.ready ## the main job: SGD, SAM, vSAM and steady vSAM on noisy digits; results in demo/
+demo: .venv-demo/.ready ## the main job: five methods on noisy digits; results in demo/
 	$(DEMO)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=demo
 
 check: lint types .venv-test/.ready ## lint, types, tests of the library: one method of each kind, no subprocesses
@@ -99,23 +98,6 @@ wheel: .venv-test/.ready ## the wheel builds, and imports with the core's depend
 	$(PYTHON) -m venv --clear build/wheel/env
 	build/wheel/env/bin/python -m pip install $(PIP) build/wheel/*.whl
 	build/wheel/env/bin/python -P -W error tests/smoke.py
-
-release: .venv-test/.ready .venv-release/.ready ## a release but for the upload: sdist and wheel, checked and tried
-	@test -z "$$(git status --porcelain)" || { git status --short; \
-	  echo "release: these files are not committed" >&2; exit 1; }
-	$(RELEASE)/python -m tests.release
-	$(RELEASE)/cffconvert --validate
-	rm -rf dist build/release
-	$(RELEASE)/python -m build . > /dev/null
-	$(RELEASE)/twine check --strict dist/*
-	for built in dist/*; do \
-	  $(PYTHON) -m venv --clear build/release/env && \
-	  build/release/env/bin/python -m pip install $(PIP) $$built && \
-	  build/release/env/bin/python -P -W error tests/smoke.py || exit 1; \
-	done
-	mkdir build/release/sdist && tar -xzf dist/*.tar.gz -C build/release/sdist --strip-components=1
-	cd build/release/sdist && $(CURDIR)/$(TEST)/python -m pytest -q tests/test_release.py tests/library/test_plan.py
-	@$(RELEASE)/python -m tests.release --next
 
 # A warning is an error, and so is a notebook that fails or a page that loads anything
 # from elsewhere. Notebooks are kept in build/ and run again where something changed.
@@ -176,12 +158,31 @@ GPU_PYTHON ?=
 GPU := experiments.studies.proof
 MINUTES ?= 30
 
+.PHONY: gpu-pack gpu
 gpu-pack: $(PAPER_ENV)/.ready ## what such a machine lacks, into build/gpu: wheels and CIFAR-100
 	$(PAPER_ENV)/bin/python -m $(GPU).pack --output=$(PACK) --python=$(GPU_PYTHON)
 
 gpu: ## there: steps and runs on its accelerator, the most important first
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(PACK)/site $(PACK)/wheels/*.whl
 	PYTHONPATH=$(PACK)/site $(PYTHON) -m $(GPU).gpu --pack=$(PACK) --minutes=$(MINUTES) $(OPTIONS)
+
+.PHONY: release
+release: .venv-test/.ready .venv-release/.ready ## a release but for the upload: sdist and wheel, checked and tried
+	@test -z "$$(git status --porcelain)" || { git status --short; \
+	  echo "release: these files are not committed" >&2; exit 1; }
+	$(RELEASE)/python -m tests.release
+	$(RELEASE)/cffconvert --validate
+	rm -rf dist build/release
+	$(RELEASE)/python -m build . > /dev/null
+	$(RELEASE)/twine check --strict dist/*
+	for built in dist/*; do \
+	  $(PYTHON) -m venv --clear build/release/env && \
+	  build/release/env/bin/python -m pip install $(PIP) $$built && \
+	  build/release/env/bin/python -P -W error tests/smoke.py || exit 1; \
+	done
+	mkdir build/release/sdist && tar -xzf dist/*.tar.gz -C build/release/sdist --strip-components=1
+	cd build/release/sdist && $(CURDIR)/$(TEST)/python -m pytest -q tests/test_release.py tests/library/test_plan.py
+	@$(RELEASE)/python -m tests.release --next
 
 clean: ## removes what the others made
 	rm -rf .venv-* .jax_cache build demo dist runs

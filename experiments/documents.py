@@ -45,6 +45,29 @@ def _comparison(folder: str) -> str:
     )
 
 
+def _gains() -> str:
+    """A comparison in the few columns that a newcomer needs."""
+    summary = _load('results/digits/compare.json')
+    methods, first = summary['methods'], summary['baseline']
+    header = ['Method', 'Accuracy, %', f'Time × {methods[first]["title"]}']
+    header += [f'− {methods[first]["title"]}, points', '− SAM, points']
+    rows = [
+        [
+            method['title'],
+            tables.percent(method['test_accuracy']),
+            tables.quartiles(method['relative_time']),
+            *(tables.points(method['differences'].get(x)) for x in (first, 'sam')),
+        ]
+        for method in methods.values()
+    ]
+    return (
+        f'{tables.markdown(header, rows)}\nMean ± standard deviation over'
+        f' {len(methods[first]["seeds"])} seeds; time of a step, median (quartiles);'
+        ' differences of runs with the same seed, with 95 % intervals;'
+        f' {device_of(summary)}, jax {summary["versions"]["jax"]}.\n'
+    )
+
+
 def _benchmark() -> str:
     # With PyTorch in the same process the transformer's times are not steady: what
     # JAX does was measured again without it.
@@ -58,16 +81,6 @@ def _benchmark() -> str:
         f' {again["rounds"]} for the other ways in JAX on the ViT,'
         f' {default["rounds"]} for the rest; {device_of(default)},'
         f' {_versions(default)}. Commands: {_commands(*contents)}.\n'
-    )
-
-
-def _costs() -> str:
-    content = _load('results/benchmark/cpu_closely.json')
-    header, rows = report.overview([content])
-    return (
-        f'{tables.markdown(header, rows)}\nTime of a step as a multiple of the base'
-        f' optimizer: median (quartiles) over {content["rounds"]} interleaved rounds;'
-        f' {device_of(content)}, {_versions(content)}. Command: {_commands(content)}.\n'
     )
 
 
@@ -179,11 +192,11 @@ def _of_study(file: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    'gains': _gains,
     'digits': lambda: _comparison('results/digits'),
     'noisy': lambda: _comparison('results/cifar100_small/noisy'),
     'underfitted': lambda: _comparison('results/cifar100_small/underfitted'),
     'lsq4': lambda: _comparison('studies/quantization/results/digits/4'),
-    'costs': _costs,
     'benchmark': _benchmark,
     'pages': _pages,
     'kept_memory': _kept_memory,

@@ -1,6 +1,7 @@
 """Trains with the installed package: what must work right after ``pip install``.
 
-Run by ``make release`` with the Python of an environment that has nothing else.
+Run by ``make wheel`` and ``make release``, with the Python of an environment that has
+nothing else.
 """
 
 import sys

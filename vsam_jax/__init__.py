@@ -12,6 +12,7 @@ from vsam_jax import (
     sharding,
     statistics,
 )
+from vsam_jax._diagnosis import Diagnosis, diagnose
 from vsam_jax._family import aesam, asyncsam, fsam, gsam, vasso, wsam
 from vsam_jax._methods import asam, lean_sam, looksam, sam, steady_vsam, vsam
 from vsam_jax._metrics import metrics
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = '0.2.0'
 
 __all__ = [
+    'Diagnosis',
     'MSAMState',
     'PlannedStep',
     'VSAMState',
@@ -35,6 +37,7 @@ __all__ = [
     'asyncsam',
     'checkpoint',
     'convolutions',
+    'diagnose',
     'fsam',
     'gsam',
     'lean_sam',
@@ -60,7 +63,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Flax is imported by who asks for it.
+    # These import Flax, so they are loaded only on access.
     if name in ('linen', 'nnx'):
         return importlib.import_module(f'vsam_jax.{name}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,8 +1,8 @@
-"""Arrays that are donated: each needs memory that nothing else holds.
+"""Donated arrays: each needs memory that nothing else uses.
 
-A buffer can be donated once only. Optimizers that keep the parameters of the start
-(mechanic, prodigy, dog) put the same arrays into their state, and callers pass arrays
-in two arguments.
+A buffer can be donated only once. But optimizers that keep the initial parameters
+(mechanic, prodigy, dog) put the same arrays into their state, and callers may pass one
+array in two arguments.
 """
 
 import sys
@@ -15,23 +15,23 @@ from jax import core
 
 
 def with_own_buffers(tree: Any) -> Any:
-    """The same tree, with a copy of every array whose memory another one has too."""
+    """The same tree, with a copy of every array that shares memory with another."""
     seen: set[Any] = set()
     return jax.tree.map(lambda leaf: _own(leaf, seen), tree)
 
 
 def make_own(donated: Any, others: Any) -> Any:
-    """Gives donated arguments memory that neither they nor the others hold twice.
+    """Copies arrays so that donated arguments share no memory with any other.
 
     Args:
-        donated: a tree of arguments. Variables of NNX in it are changed in place.
+        donated: a tree of arguments. NNX variables in it are changed in place.
         others: the arguments that are not donated.
 
     Returns:
-        The donated arguments, with copies where memory is shared.
+        The donated arguments, with copies of arrays whose memory was shared.
     """
     seen: set[Any] = set()
-    # One variable in two arguments is one array for nnx.jit.
+    # nnx.jit treats one variable in two arguments as one array.
     own = {id(x) for x in _variables(donated)}
     variables = [x for x in _variables(others) if id(x) not in own]
     plain = jax.tree.map(
@@ -44,13 +44,13 @@ def make_own(donated: Any, others: Any) -> Any:
 
 
 def repeats(leaves: Sequence[Any]) -> bool:
-    """Whether one array object stands in two places; looks at no memory."""
+    """Whether one array object occurs twice; does not look at memory."""
     arrays = [id(x) for x in leaves if isinstance(x, jax.Array)]
     return len({*arrays}) < len(arrays)
 
 
 def _nnx() -> Any:
-    """Flax's module, without importing it: who passes its objects has done so."""
+    """Flax's module if it is imported, as it is once a caller has NNX objects."""
     return sys.modules.get('flax.nnx')
 
 
@@ -63,13 +63,13 @@ def _is_object(x: Any) -> bool:
 
 
 def _variables(tree: Any) -> list[Any]:
-    """The variables of NNX in a tree."""
+    """The NNX variables in a tree."""
     return list(filter(_is_variable, jax.tree.leaves(tree, is_leaf=_is_variable)))
 
 
 def _replace(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Maps the leaves of a tree; objects of NNX are changed in place."""
-    changed: set[int] = set()  # A variable may stand in two places.
+    """Maps the leaves of a tree; NNX objects are changed in place."""
+    changed: set[int] = set()  # A variable may occur twice.
 
     def replace(node: Any) -> Any:
         if not _is_object(node):
@@ -94,9 +94,9 @@ def _own(leaf: Any, seen: set[Any]) -> Any:
 
 
 def _buffers(x: jax.Array) -> set[Any]:
-    """What tells the memory of an array on this process's devices from others."""
+    """Identifies the memory of an array on this process's devices."""
     if isinstance(x, core.Tracer) or x.is_deleted() or not x.size:
-        return {id(x)}  # No memory yet, or none that could be donated.
+        return {id(x)}  # No memory yet, or none that can be donated.
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     return {

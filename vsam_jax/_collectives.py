@@ -1,7 +1,7 @@
 """Gradients over a mapped axis: each device's own, and their mean.
 
 For functions that run once per device, under ``jax.shard_map`` or ``jax.pmap``.
-Without an axis all of it does nothing.
+Without an axis these functions do nothing.
 """
 
 from typing import Any
@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from vsam_jax import _checks
 from vsam_jax._types import PyTree
 
-# What callers give: None where nothing is mapped, () where gradients are means.
+# The argument of callers: None if nothing is mapped, () if gradients are means.
 AxisName = str | tuple[str, ...] | None
-# What is left of it.
+# The axes to average over.
 Axes = tuple[str, ...]
 
 
 def axes_of(axis_name: Any) -> Axes:
-    """The axes to average over, none for None; raises where it names none.
+    """The axes to average over; () for None; raises for an unmapped axis.
 
     Args:
-        axis_name: as a caller gives it.
+        axis_name: the caller's argument.
 
     Returns:
         The names.
@@ -34,32 +34,33 @@ def axes_of(axis_name: Any) -> Axes:
             jax.lax.axis_index(axis)
         except NameError:
             raise ValueError(
-                f'axis_name must name an axis that is mapped here, got {axis_name!r}:'
-                f' nothing around this call maps {axis!r}. Under jax.jit alone leave'
-                ' axis_name out, because one program sees all devices; in'
-                ' jax.shard_map or jax.pmap give the name of its axis.'
+                'axis_name must name an axis that is mapped here, got'
+                f' {_checks.shown(axis_name)}: nothing around this call maps {axis!r}.'
+                ' Under jax.jit alone leave axis_name out, because one program sees all'
+                ' devices; in jax.shard_map or jax.pmap give the name of its axis.'
             ) from None
     return axes
 
 
 def check_per_device(per_device: Any, axis_name: AxisName) -> bool:
-    """Returns ``per_device``; raises where there are no devices to tell apart."""
+    """Returns ``per_device``; raises if it is True without an axis."""
     if _checks.flag('per_device', per_device) and not axis_name:
         raise ValueError(
-            f'per_device must be False where axis_name is {axis_name!r}, got True: name'
-            ' the axis of shard_map or pmap that runs over the devices.'
+            'per_device must be False where axis_name is'
+            f' {_checks.shown(axis_name)}, got True: name the axis of shard_map or pmap'
+            ' that runs over the devices.'
         )
     return per_device
 
 
 def check_told(axis_name: AxisName, name: str, values: PyTree, params: PyTree) -> None:
-    """Raises where replicas would part in silence, because no axis was named.
+    """Raises if replicas would silently diverge because no axis was named.
 
     Args:
-        axis_name: as the caller gave it; anything but None is an answer.
-        name: what ``values`` are: the gradient that an update gets, or a loss, whose
-            gradient ``shard_map`` sums over the devices and does not average.
-        values: these.
+        axis_name: the caller's argument. Anything but None passes.
+        name: a name for ``values``: the gradient passed to an update, or a loss, whose
+            gradient ``shard_map`` sums over the devices but does not average.
+        values: the gradient or the loss.
         params: the parameters.
     """
     if axis_name is not None:
@@ -73,9 +74,9 @@ def check_told(axis_name: AxisName, name: str, values: PyTree, params: PyTree) -
         if not _is_checked(axis):
             raise ValueError(
                 f'axis_name must be given inside a function mapped over {axis!r}'
-                ' (jax.pmap, or jax.shard_map with check_vma=False), got None: nothing'
-                ' here tells whether devices have gradients of their own, and if they'
-                f' do their parameters part in silence.{answers}'
+                ' (jax.pmap, or jax.shard_map with check_vma=False), got None: it'
+                ' is not known here whether each device has its own gradient, and if'
+                f' so, parameters silently diverge between devices.{answers}'
             )
         for path, leaf in jax.tree_util.tree_leaves_with_path(values):
             if _vary(leaf, axis)[1] and not all(
@@ -89,15 +90,15 @@ def check_told(axis_name: AxisName, name: str, values: PyTree, params: PyTree) -
 
 
 def mean(tree: PyTree, axes: Axes) -> PyTree:
-    """The mean over the devices, the same bits on each of them."""
+    """The mean over the devices, with the same bits on each."""
     if not axes:
         return tree
 
     def reduce(x: Any) -> Any:
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return jax.lax.pmean(x, axes)
-        # Whole numbers, flags and keys are the same on all devices already; this
-        # makes their types say so.
+        # Integers, flags and keys are already the same on all devices. This makes
+        # their types say so.
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             words = jax.lax.pmax(jax.random.key_data(x), axes)
             return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
@@ -107,17 +108,17 @@ def mean(tree: PyTree, axes: Axes) -> PyTree:
 
 
 def largest(tree: PyTree, axes: Axes) -> PyTree:
-    """The largest numbers of all devices, the same on each of them."""
+    """The elementwise maximum over the devices, the same on each."""
     if not axes:
         return tree
     return jax.tree.map(lambda x: jax.lax.pmax(x, axes), tree)
 
 
 def own_copy(tree: PyTree, axes: Axes) -> PyTree:
-    """Replicated values as something that each device has for itself.
+    """Turns replicated values into copies that each device has for itself.
 
-    The gradient with respect to a value that all devices share is summed over
-    them by ``shard_map``; with respect to this copy it is each device's own.
+    ``shard_map`` sums the gradient with respect to a replicated value over the devices.
+    With respect to this copy, the gradient is each device's own.
     """
     for axis in axes:
         tree = jax.tree.map(lambda p, axis=axis: _vary(p, axis)[0], tree)
@@ -125,12 +126,12 @@ def own_copy(tree: PyTree, axes: Axes) -> PyTree:
 
 
 def own_key(key: jax.Array, axes: Axes) -> jax.Array:
-    """A random key of each device's own."""
+    """A random key that differs between devices."""
     return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
 
 
 def check_own(name: str, grads: PyTree, axes: Axes) -> None:
-    """Raises where ``grads`` have already been summed over the devices."""
+    """Raises if ``grads`` have already been summed over the devices."""
     for axis in axes:
         if not _is_checked(axis):
             continue
@@ -147,18 +148,18 @@ def check_own(name: str, grads: PyTree, axes: Axes) -> None:
 
 
 def _is_checked(axis: str) -> bool:
-    """Whether types say what differs between the devices of an axis.
+    """Whether types say which values differ between the devices of an axis.
 
-    Without ``shard_map``'s bookkeeping (pmap, check_vma=False) nothing is summed by
-    itself and nothing can be told apart: not even the axis index varies.
+    Without this bookkeeping of ``shard_map`` (pmap, check_vma=False), nothing is summed
+    automatically, and types do not show differences: not even that of the axis index.
     """
     return _vary(jax.lax.axis_index(axis), axis)[1]
 
 
 def _vary(x: jax.Array, axis: str) -> tuple[jax.Array, bool]:
-    """``x`` cast to varying over one axis, and whether it was that already."""
+    """``x`` cast to varying over one axis, and whether it already was."""
     if axis not in jax.sharding.get_abstract_mesh().manual_axes:
-        return x, True  # The axis is that of a vmap, which sums nothing by itself.
+        return x, True  # The axis of a vmap, which sums nothing automatically.
     try:
         return jax.lax.pcast(x, axis, to='varying'), False
     except ValueError:

@@ -1,9 +1,9 @@
-"""Whether a step is sampled, as far as it is decided while a step is traced.
+"""Decides during tracing whether a step is sampled, as far as that is known.
 
-*Traced*: nobody says, and the plan in the state decides inside one program, with
-``jax.lax.cond``. *Planned*: the host says so beforehand, and no conditional is made.
-The host's word reaches ``update`` through a context that is part of the keys of jit's
-caches, whatever stands between the two.
+*Traced*: the host makes no decision. The plan in the state decides inside one program,
+with ``jax.lax.cond``. *Planned*: the host decides beforehand, so there is no
+conditional. The host's decision reaches ``update`` through a context, whatever code is
+between the two. The context is part of the keys of jit's caches.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import core, lax
 
-from vsam_jax import convolutions
+from vsam_jax import _checks, convolutions
 
 T = TypeVar('T')
 
@@ -24,22 +24,22 @@ _context = jax.make_user_context(default_value=None)
 
 
 def decided(sample: bool | None) -> contextlib.AbstractContextManager[Any]:
-    """Within it, an update that is not told otherwise is sampled, or is not."""
+    """A context that sets ``sample`` for updates that do not set it themselves."""
     return _context(sample)
 
 
 def resolve(
     sample: Any, rule: Callable[[], jax.Array], *, always: bool
 ) -> bool | jax.Array:
-    """What decides this step: a Python bool (planned) or a traced bool.
+    """The decision for this step: a Python bool (planned) or a traced bool.
 
     Args:
-        sample: the caller's decision: None follows the context's, or else the rule's.
-        rule: says what the sampling rule does, by the plan or by the gradient.
+        sample: the caller's decision. None follows the context, or else the rule.
+        rule: returns the decision of the sampling rule, by the plan or the gradient.
         always: whether every step is sampled anyway.
 
     Returns:
-        A Python bool if the decision is known by now, else a bool scalar.
+        A Python bool if the decision is already known, else a bool scalar.
     """
     if sample is None:
         sample = _context.value
@@ -55,7 +55,8 @@ def resolve(
             )
         return jnp.asarray(sample)
     raise TypeError(
-        f'sample must be None, a Python bool or a boolean scalar array, got {sample!r}.'
+        'sample must be None, a Python bool or a boolean scalar array, got'
+        f' {_checks.shown(sample)}.'
     )
 
 
@@ -64,20 +65,20 @@ def choose(
     sampled: Callable[[], T],
     unsampled: Callable[[], T],
 ) -> T:
-    """Runs one of two functions; a conditional is made only if it must be."""
+    """Runs one of two functions, with a conditional only if necessary."""
     if isinstance(sample, bool):
         return sampled() if sample else unsampled()
-    # The first pass may stand in the outermost computation, this one does not.
+    # The first pass may be in the outermost computation, but this one is not.
     return jax.lax.cond(sample, convolutions.canonical(sampled), unsampled)
 
 
 def _known(decision: jax.Array) -> bool | jax.Array:
-    # Outside of all tracing a conditional would be compiled anew at every step.
+    # Outside all tracing, a conditional would be compiled again at every step.
     return decision if _is_traced(decision) else bool(decision)
 
 
 def _is_traced(x: jax.Array) -> bool:
-    # Constants are concrete inside of jit too; what is made there is not.
+    # Inside jit constants are concrete too, but new arrays are not.
     return isinstance(x, core.Tracer) or isinstance(lax.full((), 0), core.Tracer)
 
 
@@ -85,7 +86,7 @@ def _advance(step: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(step))
 
 
-# Under a name of its own, by which updates are counted in the program of a step.
+# Has its own name, by which updates are counted in the program of a step.
 _advance.__name__ = 'vsam_jax_update'
 advance = jax.jit(_advance)
 
@@ -97,7 +98,7 @@ def num_updates(program: Any) -> int:
         program: a ``Jaxpr`` or ``ClosedJaxpr``.
 
     Returns:
-        The number; in a loop of unknown length each update counts twice.
+        The number. In a loop of unknown length each update counts twice.
     """
     total = 0
     for equation in getattr(program, 'jaxpr', program).eqns:

@@ -1,10 +1,10 @@
 r"""Relatives of SAM, each as its authors define it.
 
-Each is a choice of where, when and how, put together by
-:func:`vsam_jax.sharpness_aware`. ``update``, masks and state are those of
-:func:`vsam_jax.vsam`. Most are held to runs that a program of their authors recorded;
-docs/evidence/conformance.md names the program and the largest difference. Defaults are
-start values, not always the authors' own.
+Each combines a choice of where, when and how in :func:`vsam_jax.sharpness_aware`.
+``update``, masks and state work as in :func:`vsam_jax.vsam`, and so does the place:
+first in ``optax.chain``. Tests compare most of them with recorded runs of their
+authors' programs. docs/evidence/conformance.md names each program and the largest
+difference. Defaults are starting points, not always the authors' own.
 """
 
 import optax
@@ -21,17 +21,19 @@ def gsam(
     *,
     perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""GSAM: SAM that also closes the surrogate gap L(w + ε) − L(w).
+    r"""GSAM: SAM that also shrinks the surrogate gap L(w + ε) − L(w).
+
+    Take it where you can afford SAM and can tune α as well as ρ.
 
     .. math:: \text{direction} = g_\text{SAM} - α \, g_⊥, \quad
       g_⊥ = g - \frac{⟨g, g_\text{SAM}⟩}{‖g_\text{SAM}‖^2} \, g_\text{SAM}
 
-    The authors let ρ follow the learning rate: :func:`vsam_jax.rho_schedule`.
+    The authors let ρ follow the learning rate, as :func:`vsam_jax.rho_schedule` does.
 
     Args:
         rho: ρ, as in :func:`vsam_jax.vsam`.
-        alpha: α >= 0; 0 is SAM. The authors take 0.01 to 0.4.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam_jax.vsam`.
+        alpha: α >= 0; 0 is SAM. The authors use 0.01 to 0.4.
+        perturb_mask: the tensors to perturb, as in :func:`vsam_jax.vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -61,17 +63,20 @@ def wsam(
     *,
     perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""WSAM, coupled: the sharpness weighs more (or less) than in SAM.
+    r"""WSAM (coupled form): SAM with a weight on the sharpness term.
+
+    Take it where sharpness should count for more, or less, than in SAM.
 
     .. math:: \text{direction} = g + \frac{γ}{1 - γ} \, s, \quad s = g_\text{SAM} - g
 
-    That is the gradient of L(w) + γ/(1 − γ) (L(w + ε) − L(w)), ε held fixed. The
-    decoupled form takes s out of the base optimizer's momentum and is not offered.
+    This is the gradient of L(w) + γ/(1 − γ) (L(w + ε) − L(w)) with ε held fixed. The
+    decoupled form, which keeps s out of the base optimizer's momentum, is not
+    implemented.
 
     Args:
         rho: ρ, as in :func:`vsam_jax.vsam`.
         gamma: γ in [0, 1); 0 is the base optimizer, 1/2 is SAM.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam_jax.vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam_jax.vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -103,19 +108,22 @@ def fsam(
     *,
     perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""F-SAM: climbs along what the mini-batch has beyond the average gradient.
+    r"""F-SAM (friendly SAM): perturbs along the gradient minus its running average.
+
+    Take it to perturb along what is specific to the mini-batch, not along what all
+    mini-batches share.
 
     .. math:: v_t = g_t - σ \, m_{t-1}, \quad ε_t = ρ \, v_t / (‖v_t‖_2 + 10^{-12}),
       \quad m_t = λ \, m_{t-1} + (1 - λ) \, g_t
 
-    At the first step v = g and m becomes g. The average is updated with the gradient of
-    every step and takes the memory of the parameters.
+    At the first step v = g, and m becomes g. Every step updates the average. It takes
+    as much memory as the parameters.
 
     Args:
         rho: ρ, as in :func:`vsam_jax.vsam`.
-        sigma: σ >= 0, how much of the average is taken out; 0 is SAM.
-        decay: λ in [0, 1], of the average (the authors' ``lmbda``).
-        perturb_mask: which tensors are perturbed, as in :func:`vsam_jax.vsam`.
+        sigma: σ >= 0, how much of the average is subtracted; 0 is SAM.
+        decay: λ in [0, 1], the decay of the average (the authors' ``lmbda``).
+        perturb_mask: the tensors to perturb, as in :func:`vsam_jax.vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -151,18 +159,20 @@ def vasso(
     *,
     perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""VaSSO: climbs along an average of gradients, which has less noise.
+    r"""VaSSO: perturbs along a running average of gradients.
+
+    Take it where gradients of single mini-batches are noisy: the average is less so.
 
     .. math:: d_t = (1 - θ) \, d_{t-1} + θ \, g_t, \quad
       ε_t = ρ \, d_t / (‖d_t‖_2 + 10^{-12})
 
-    The average starts with the first gradient, is updated with that of every step and
-    takes the memory of the parameters.
+    The average starts at the first gradient, and every step updates it. It takes as
+    much memory as the parameters.
 
     Args:
         rho: ρ, as in :func:`vsam_jax.vsam`.
         theta: θ in (0, 1]; 1 is SAM.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam_jax.vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam_jax.vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -194,25 +204,28 @@ def asyncsam(
     *,
     perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AsyncSAM: climbs along the gradient of the step before.
+    r"""AsyncSAM: perturbs along the gradient of the previous step.
+
+    Take it to compare with the published method; on one device it is no faster than
+    SAM.
 
     .. math:: \text{direction} = ∇L_t(w_t + ε_t), \quad
       ε_t = ρ \, g_{t-1} / (‖g_{t-1}‖_2 + 10^{-12})
 
-    The first step is not perturbed. g of this step is not needed for its own direction,
-    so the two gradients of a step can be taken at the same time. That is what the
-    authors save by, and by taking g_{t−1} of fewer examples; in one program on one
-    device this costs what SAM does. ``per_device=True`` is refused: the gradient that
-    is kept is the mean over devices.
+    The first step is not perturbed. The direction of a step does not depend on its own
+    g, so both gradients of a step can be computed at the same time. The authors save
+    time this way, and by computing g_{t−1} on fewer examples. In one program on one
+    device it costs as much as SAM. ``per_device=True`` raises an error, because the
+    stored gradient is the mean over devices.
 
     Args:
         rho: ρ, as in :func:`vsam_jax.vsam`.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam_jax.vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam_jax.vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
-        :class:`vsam_jax.VSAMState`, whose ``perturbation_memory`` is g of the latest
-        step.
+        :class:`vsam_jax.VSAMState`, whose ``perturbation_memory`` is the g of the
+        latest step.
 
     References:
         Jo, Lim and Lee, `Asynchronous Sharpness-Aware Minimization For Fast and
@@ -246,24 +259,27 @@ def aesam(
     stats_mask: Mask | None = None,
     perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AE-SAM: SAM where the gradient is large for its time, else the base optimizer.
+    r"""AE-SAM: a SAM step where the gradient is unusually large, else a plain step.
+
+    Take it where the gradients should decide when to take a second one. A step is a
+    SAM step if
 
     .. math:: ‖g_t‖^2 ≥ μ_t + c_t \, σ_t, \quad
       c_t = \frac{t}{T} λ_1 + \Big(1 - \frac{t}{T}\Big) λ_2
 
-    with exponential averages μ of ‖g‖² and σ² of (‖g‖² − μ)², both updated before the
-    comparison (:class:`vsam_jax.sampling.ByGradientNorm`). The decision is made from
-    the gradient at hand, so that there is no plan: jit the step,
-    :class:`vsam_jax.PlannedStep` refuses it.
+    Here μ is an exponential average of ‖g‖², and σ² one of (‖g‖² − μ)². Both are
+    updated before the comparison (:class:`vsam_jax.sampling.ByGradientNorm`). The
+    current gradient decides, so there is no plan. Use ``jax.jit`` for the step:
+    :class:`vsam_jax.PlannedStep` raises an error.
 
     Args:
         rho: ρ, as in :func:`vsam_jax.vsam`.
-        steps: T >= 1, the length of the run; from then on c = λ₁.
+        steps: T >= 1, the length of the run. After T steps c = λ₁.
         delta: δ in [0, 1), the decay of the averages.
-        lambda1: λ₁, c at the end: the smaller, the more steps are sampled.
-        lambda2: λ₂, c at the start.
-        stats_mask: which tensors ‖g‖ is taken over, as in :func:`vsam_jax.vsam`.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam_jax.vsam`.
+        lambda1: λ₁, the c at the end. A smaller one samples more steps.
+        lambda2: λ₂, the c at the start.
+        stats_mask: the tensors over which ‖g‖ is taken, as in :func:`vsam_jax.vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam_jax.vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state

@@ -1,17 +1,17 @@
-r"""The methods with a name: each one choice of where, when and how.
+r"""The main named methods. Each chooses where, when and how.
 
 =============== ======================= ============= =========================
 method          where (perturbation)    when          how (reuse)
 =============== ======================= ============= =========================
 ``vsam``        ball of radius ρ        by variation  decayed difference
 ``steady_vsam`` ball of radius ρ        every k steps difference, noise limited
-``lean_sam``    of a share of examples  every k steps difference, noise limited
+``lean_sam``    ball, from a slice      every k steps difference, noise limited
 ``sam``         ball of radius ρ        every step    not at all
 ``asam``        scaled by |w|           every step    not at all
 ``looksam``     ball of radius ρ        every k steps rescaled orthogonal part
 =============== ======================= ============= =========================
 
-The others: :mod:`vsam_jax._family`.
+:mod:`vsam_jax._family` holds the others.
 """
 
 from typing import Any
@@ -39,139 +39,156 @@ def vsam(
     psf_dtype: DTypeLike = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Variation-based SAM: a second gradient on some steps, reused on the others.
+    r"""vSAM: takes a second gradient on some steps and reuses it on the others.
 
-    Stands first in a chain and turns the gradient g = ∇L(w) into a
-    sharpness-aware direction. On a *sampled* step it takes a second gradient,
+    This is variation-based SAM as published, for long runs: it adapts how often it
+    takes the second gradient. For runs of any length take :func:`steady_vsam`.
+
+    Put it first in ``optax.chain``, before the optimizer. On its own it returns a
+    direction that goes uphill, as a gradient does: it turns g = ∇L(w) into a
+    sharpness-aware gradient. On a *sampled* step it takes a second gradient,
 
     .. math::
       ε = ρ \, g / (‖g‖_2 + 10^{-12}), \quad s = ∇L(w + ε) - g, \quad
       \text{direction} = g + s,
 
-    on the others it reuses s, the PSF (projection of the second-order gradient
-    onto the first-order one), a steps old by then:
+    On the other steps it reuses s, which by then is a steps old. The paper calls s
+    the PSF (projection of the second-order gradient onto the first-order one):
 
     .. math::
       \text{direction} = g + c(a) \, s, \quad c(a) = β^a \; (a ≤ R), \;
       0 \; (a > R).
 
-    The first W steps are all sampled. After that ⌊b⌋ of every K steps are; b
-    starts at 1 and is scaled at the start of each window,
+    The first W steps are all sampled. After that, ⌊b⌋ steps of every window of K
+    steps are sampled. The budget b starts at 1 and changes at the start of each
+    window:
 
     .. math::
       b \leftarrow \mathrm{clip}\big(b \, (1 + α_1 \mathrm{rel}(Q)
       + α_2 \mathrm{rel}(V)), 1, ⌊K p_{max}⌋\big),
 
-    by the mean relative changes (:func:`vsam_jax.statistics.relative_change`)
-    of the last K ratios ‖s‖/‖g‖ (Q) and of the variance of the last K norms ‖s‖
-    inside S segments of similar ones (V). Which steps of a window are sampled is
-    decided before it starts (:func:`vsam_jax.sampling.window_plan`).
+    Q holds the last K ratios ‖s‖/‖g‖. V holds the variance of the last K norms ‖s‖
+    within S segments of similar norms. rel is the mean relative change
+    (:func:`vsam_jax.statistics.relative_change`). The plan of a window, which says
+    which of its steps are sampled, is made before the window starts
+    (:func:`vsam_jax.sampling.window_plan`).
 
-    ``update`` takes two more arguments by keyword. ``grad_fn(params) -> grads`` is
-    the gradient of the same mini-batch, with the same dropout key, called at most
-    once. ``sample`` decides this step: None follows the plan in the state, inside
-    one program (*traced*, a ``jax.lax.cond``) or as :class:`vsam_jax.PlannedStep`
-    says (*planned*); a Python bool compiles a step without a conditional; a boolean
-    array overrides the plan in a traced step. Outside of ``jax.jit`` the plan is
-    read, and nothing is compiled.
+    ``update`` takes these two keyword arguments:
 
-    With ``value``, the loss L(w) of the first pass, ``grad_fn`` may return
-    ``(value, grads)`` as ``jax.value_and_grad`` does: the state then keeps by how much
-    the loss rises, L(w + ε) − L(w), as its ``sharpness``.
+    - ``grad_fn(params) -> grads`` computes the gradient on the same mini-batch with
+      the same dropout key. It is called at most once.
+    - ``sample`` decides this step. None follows the plan in the state, either inside
+      one program (*traced*, with ``jax.lax.cond``) or through
+      :class:`vsam_jax.PlannedStep` (*planned*). A Python bool compiles a step without
+      a conditional. A boolean array overrides the plan in a traced step. Outside
+      ``jax.jit`` the plan is read directly and nothing is compiled.
 
-    *From a slice of the mini-batch.* s is a small correction, and a part of the
-    mini-batch tells it for a part of the price. ``psf_grad_fn(params) -> grads`` is
-    the gradient of that part: the same examples and the same dropout key at each call.
-    With it a sampled step takes g′ = ∇L′(w) and g′_SAM = ∇L′(w + ε), ε made of g′, and
-    s = g′_SAM − g′; the direction is g + s, with g of the whole mini-batch as ever. It
-    counts as a sample only if ‖g‖, ‖g′‖ and ‖s‖ are finite, and Q is ‖s‖/‖g′‖.
-    ``grad_fn`` is not needed then. The builders do it by ``psf_share``. Gradients of
-    fewer examples are longer, so ρ should be smaller: start with SAM's times the
-    square root of the share. It is wrong where the part is no sample of the whole, and
-    where it holds a handful of examples (above all with BatchNorm, which takes its
-    statistics). It does not pay where a part cannot fill the accelerator.
-    (:func:`lean_sam` is that, with SAM's ρ.)
+    If you pass ``value``, the loss L(w) of the first pass, ``grad_fn`` may return
+    ``(value, grads)`` as ``jax.value_and_grad`` does. The state then keeps the rise in
+    the loss, L(w + ε) − L(w), as its ``sharpness``.
 
-    *Several devices.* Under ``jax.jit`` one program sees all of them, and nothing need
-    be said. A function that runs once per device (``jax.shard_map``, ``jax.pmap``)
-    says how gradients are made there, by two more arguments of ``update``.
-    ``axis_name`` is the name of the mapped axis or a tuple of such names: ``updates``
-    and the result of ``grad_fn`` are each device's own gradients, and are averaged.
-    ``axis_name=()`` says that they are means already. ``per_device=True``: each device
-    perturbs along its own gradient and the second gradients are averaged
-    (m-sharpness, m being a device's share of the mini-batch). That is another
-    objective, and the authors of SAM found smaller m to generalize better. It changes
-    with the number of devices. The first mean is then not needed before the second
-    pass, so the two can overlap. With ``per_device=False`` (the default) there is one
-    perturbation, from the mean gradient, so that the result is that of ``jax.jit`` on
-    any number of devices. Either way s, its norms and the plan are those of the mean
-    gradients, the same on all devices.
+    *From a slice of the mini-batch.* s is a small correction, so a slice of the
+    mini-batch can estimate it at a fraction of the cost. Pass
+    ``psf_grad_fn(params) -> grads``, the gradient on that slice: the same examples and
+    the same dropout key at each call. A sampled step then takes g′ = ∇L′(w) and
+    g′_SAM = ∇L′(w + ε), with ε computed from g′, and s = g′_SAM − g′. The direction is
+    g + s, where g is still the gradient of the whole mini-batch. The step counts as a
+    sample only if ‖g‖, ‖g′‖ and ‖s‖ are finite, and Q is ‖s‖/‖g′‖. ``grad_fn`` is not
+    needed. The builders do all this if you set ``psf_share``.
+
+    Gradients of fewer examples are longer, so ρ should be smaller: start with SAM's ρ
+    times the square root of the share. (:func:`lean_sam` does that for you: give it
+    SAM's ρ.) Do not use a slice that is not a random sample of the mini-batch, or one
+    of only a few examples, above all with BatchNorm, which would take its statistics
+    from them. A slice too small to fill the accelerator saves nothing.
+
+    *Several devices.* Under ``jax.jit`` one program sees all devices, and you need no
+    further arguments. In a function that runs once per device (``jax.shard_map``,
+    ``jax.pmap``), two more arguments of ``update`` say how to combine gradients.
+
+    - ``axis_name`` is the name of the mapped axis, or a tuple of names. ``updates`` and
+      the result of ``grad_fn`` are then each device's own gradients, and are averaged.
+      ``axis_name=()`` says that they are already means.
+    - ``per_device=False`` (the default) makes one perturbation, from the mean
+      gradient. The result is that of ``jax.jit`` on any number of devices.
+    - ``per_device=True`` perturbs along each device's own gradient and averages the
+      second gradients. This is m-sharpness, where m is a device's share of the
+      mini-batch. It is a different objective, which changes with the number of
+      devices; the authors of SAM found that smaller m generalizes better. The second
+      pass need not wait for the first mean, so the two can overlap.
+
+    In both cases s, its norms and the plan come from mean gradients and are the same
+    on all devices.
 
     Args:
         rho: ρ, the radius of the perturbation: a number >= 0 (0 gives the base
             optimizer), a scalar array, or an optax schedule of the update count.
-        window: K >= 2, how many steps one plan covers and how many samples the
-            statistics look back on.
+        window: K >= 2, the number of steps in a plan, and of samples in the
+            statistics.
         segments: S, divides K into groups of at least two.
-        warmup_steps: W, how many first steps are all sampled. None gives 2K − 1, the
-            least with which all statistics are complete when the first window starts.
-            With fewer (or with rejected samples among them) the variance of ‖s‖ grows
-            for some windows only because its ring fills, and the budget with it.
+        warmup_steps: W, the number of initial steps that are all sampled. None gives
+            2K − 1, the fewest that complete all statistics before the first window
+            starts. With fewer, or with rejected samples among them, the variance of
+            ‖s‖ grows for some windows just because its buffer is filling up, and the
+            budget grows with it.
         norm_gain: α₁ >= 0, the gain on the change of ‖s‖/‖g‖.
         variance_gain: α₂ >= 0, the gain on the change of the variance of ‖s‖.
         decay: β in [0, 1], the decay of a reused PSF per step of age.
         reuse_steps: R >= 0, the oldest age at which a PSF is reused.
-        max_rate: p_max in (0, 1], the largest share of a window to be sampled.
-        stats_mask: which tensors the norms of the statistics are taken over: a tree
-            of booleans like the parameters (or a prefix), or a callable that makes
-            one of them. None takes all.
-        perturb_mask: which tensors are perturbed, in the same convention. Tensors
-            at False (a frozen backbone) keep ε = 0.
-        psf_dtype: dtype in which s is stored; ``jnp.bfloat16`` halves its memory and
-            rounds s to 8 bits, in the direction of sampled steps too. None stores it
-            in the parameters' dtypes.
-        seed: an integer in [0, 2³²), chooses which steps of a window are sampled.
+        max_rate: p_max in (0, 1], the largest share of a window's steps that may be
+            sampled.
+        stats_mask: the tensors over which the statistics take their norms: a tree
+            of booleans like the parameters (or a prefix of one), or a callable that
+            makes such a tree from them. None takes all.
+        perturb_mask: the tensors to perturb, in the same form. Tensors at False (a
+            frozen backbone) keep ε = 0.
+        psf_dtype: the dtype in which s is stored. ``jnp.bfloat16`` halves its memory
+            and rounds s to 8 bits, also in the direction of sampled steps. None stores
+            it in the parameters' dtypes.
+        seed: an integer in [0, 2³²). It chooses which steps of a window are sampled.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
         :class:`vsam_jax.VSAMState`.
 
-        Parameters are real floating-point arrays of 16 bits or more. ε, norms,
-        statistics and directions are computed in float32 or wider; w + ε is
-        rounded to the parameters' dtypes, and for bfloat16 or float16 parameters
-        much of ε is lost in that (:func:`vsam_jax.perturbation.perturb`). The
-        direction has the dtypes of the gradient.
+        Parameters must be real floating-point arrays of 16 bits or more. ε, norms,
+        statistics and directions are computed in float32 or wider. w + ε is then
+        rounded to the parameters' dtypes. For bfloat16 or float16 parameters, that
+        rounding loses much of ε (:func:`vsam_jax.perturbation.perturb`). The direction
+        has the dtypes of the gradient.
 
-        A second gradient that is not finite, or one whose norm overflows the
-        statistics dtype, makes the direction of that step NaN everywhere, so that
-        a guard after vsam can act on it, and leaves no trace: the older PSF is
-        kept and ages, the statistics stay, ``num_rejected`` counts it.
+        If the second gradient is not finite, or its norm overflows the statistics
+        dtype, the direction of that step is NaN everywhere, so that a guard after vsam
+        can skip it. The sample is rejected: the older PSF is kept and ages, the
+        statistics stay as they were, and ``num_rejected`` counts it.
 
-        Under ``jax.vmap`` a conditional becomes a select: both gradients are taken
-        on every step.
+        Under ``jax.vmap`` a conditional becomes a select, so both gradients are
+        computed on every step.
 
     Raises:
-        TypeError, ValueError: for arguments out of the ranges above; from
-            ``update`` for missing ``params`` or ``grad_fn``, for a ``grad_fn`` that
-            returns another tree, shape or dtype than the gradient's, for trees that do
-            not match, and for a missing ``axis_name`` where replicas could part.
+        TypeError, ValueError: for arguments outside the ranges above. From ``update``:
+            for missing ``params`` or ``grad_fn``, for a ``grad_fn`` whose result
+            differs from the gradient in tree, shape or dtype, for trees that do
+            not match, and for a missing ``axis_name`` where replicas could diverge.
 
     .. warning::
-      Clip *after* vsam. Clipped before, g is no longer the gradient that the
-      second one is compared with, and s = g_SAM − clip(g) no PSF.
+      Clip *after* vsam. If you clip before it, s = g_SAM − clip(g) compares a clipped
+      gradient with one that is not, and is not a PSF.
 
       Accumulate gradients *inside* one update: with
       ``grad = optax.microbatching.microbatch(jax.grad(loss), 1, microbatch_size,
-      optax.microbatching.AccumulationType.MEAN)`` give ``grad(params, batch)`` to
-      ``update`` and ``lambda p: grad(p, batch)`` as ``grad_fn``. It is a loop: for
+      optax.microbatching.AccumulationType.MEAN)`` pass ``grad(params, batch)`` to
+      ``update`` and ``lambda p: grad(p, batch)`` as ``grad_fn``. This is a loop: for
       convolutions on the CPU wrap the inner gradient in
       :func:`vsam_jax.convolutions.canonical`, as the step builders do
       (``num_micro_batches`` of :func:`vsam_jax.linen.make_train_step`).
-      ``optax.MultiSteps`` around vsam runs the inner update on every
-      mini-step; it is right in a traced step if ``sample=False`` on all but the
-      last one, whose ``grad_fn`` covers the whole batch. After vsam, as in
-      ``chain(vsam, MultiSteps(sgd, k).gradient_transformation())``, it averages the
-      directions of mini-batches that have a perturbation each.
+
+      ``optax.MultiSteps`` *around* vsam runs the inner update on every mini-step. It is
+      correct in a traced step if you pass ``sample=False`` on all mini-steps but the
+      last, whose ``grad_fn`` must cover the whole batch. It is an error if no mini-step
+      passes ``sample``. ``optax.MultiSteps`` *after* vsam, as in
+      ``chain(vsam, MultiSteps(sgd, k).gradient_transformation())``, averages the
+      directions of mini-batches, each with its own perturbation.
 
     References:
         Deng et al., `Effective Gradient Sample Size via Variation Estimation for
@@ -231,47 +248,51 @@ def steady_vsam(
     perturb_mask: Mask | None = None,
     psf_dtype: DTypeLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""vSAM for runs of any length: every third step, from the first one on.
+    r"""vSAM on a fixed schedule: takes a second gradient on every third step.
 
-    The second gradient is taken on steps 0, k, 2k, …, where the direction is that of
-    SAM, g + s; on the k − 1 steps after each it is reused at one weight,
+    Take it for runs of any length, with the ρ that suits SAM. Put it first in
+    ``optax.chain``, before the optimizer. On its own it returns a direction that goes
+    uphill, as a gradient does.
+
+    On steps 0, k, 2k, … it takes the second gradient, and the direction is SAM's,
+    g + s. On the k − 1 steps in between it reuses the last correction s, scaled down
+    when s is noisy:
 
     .. math::
       \text{direction} = g + w \, s, \quad
       w = \min\Big(1, \frac{\sqrt{k (1 + η + η ‖g‖^2 / ‖s‖^2)} - 1}{k - 1}\Big),
 
-    with ‖g‖ and ‖s‖ of that sample. At w = 1 the PSF acts as strongly as in SAM, so
-    that SAM's ρ carries over; :func:`vsam`, whose weights 1, β, β² have a mean of
-    0.73 even when every third step is sampled, needs a larger one. But a PSF that is
-    used k times also brings its mini-batch's noise k times, and where PSFs are as
-    long as gradients training suffers from that. Hence w: the noise of the
-    directions is at most 1 + η times that of SAM's
-    (:func:`vsam_jax.reuse.steady_weight`).
+    Here ‖g‖ and ‖s‖ are those of the last sample. At w = 1 the correction acts as
+    strongly as in SAM, so SAM's ρ carries over. (:func:`vsam` needs a larger ρ: its
+    weights 1, β, β² have a mean of 0.73 even when every third step is sampled.) But
+    reusing s on k steps also repeats the noise of its mini-batch k times. Where s is as
+    long as g, that hurts training. w therefore limits the noise of the directions to
+    1 + η times that of SAM's (:func:`vsam_jax.reuse.steady_weight`).
 
-    Unlike in :func:`vsam` there is no warm-up, no statistics are kept and nothing
-    depends on how long the run is: the plan is the same in every window.
+    Unlike :func:`vsam` it has no warm-up, keeps no statistics and does not depend on
+    the length of the run: the plan is the same in every window.
 
     Args:
-        rho: ρ, as in :func:`vsam`. What suits SAM is the value to start with; where
-            training goes on until ‖s‖ outgrows ‖g‖, a larger one is better.
-        every: k >= 1, a second gradient every so many steps; 1 is SAM, and stores
-            nothing.
-        tolerance: η >= 0, by how much the noise of the directions may exceed that
-            of SAM's, as a share. Larger values bring w closer to 1.
-        stats_mask: which tensors ‖g‖ and ‖s‖ are taken over, as in :func:`vsam`.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-        psf_dtype: dtype in which s is stored, as in :func:`vsam`.
+        rho: ρ, as in :func:`vsam`. Start with the value that suits SAM. A larger one is
+            better if training goes on until ‖s‖ exceeds ‖g‖.
+        every: k >= 1, the number of steps from one second gradient to the next. 1 is
+            SAM, and stores nothing.
+        tolerance: η >= 0, the fraction by which the noise of the directions may exceed
+            that of SAM's. Larger values bring w closer to 1.
+        stats_mask: the tensors over which ‖g‖ and ‖s‖ are taken, as in :func:`vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam`.
+        psf_dtype: the dtype in which s is stored, as in :func:`vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
-        :class:`vsam_jax.VSAMState`. Dtypes and samples that are not finite are
-        treated as in :func:`vsam`; a PSF serves for 2k − 1 steps at most, if the
-        sample that should have followed it is rejected.
+        :class:`vsam_jax.VSAMState`. It treats dtypes, and samples that are not finite,
+        as :func:`vsam` does. If the next sample is rejected, a PSF is kept in use, but
+        for 2k − 1 steps at most.
 
     References:
-        Sampling and reuse are those of Deng et al., `Effective Gradient Sample Size
+        Sampling and reuse follow Deng et al., `Effective Gradient Sample Size
         via Variation Estimation for Accelerating Sharpness aware Minimization
-        <https://arxiv.org/abs/2403.08821>`_, 2024; the weight is this library's own.
+        <https://arxiv.org/abs/2403.08821>`_, 2024. The weight is this library's own.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsam_jax
@@ -305,42 +326,45 @@ def lean_sam(
     perturb_mask: Mask | None = None,
     psf_dtype: DTypeLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""SAM from a share of the examples on some of the steps: few gradients more.
+    r"""Takes the second gradient on every third step, from a slice of the mini-batch.
 
-    :func:`steady_vsam`, whose second gradient is taken of a part of the mini-batch: two
-    passes over ``share`` of the examples on every ``every``-th step, which by default
-    are 8 % more examples than SGD goes through. The part must be told where the step is
-    written::
+    It is the cheapest method here. Take it for mini-batches of 64 examples or more.
+    Put it first in ``optax.chain``, before the optimizer. On its own it returns a
+    direction that goes uphill, as a gradient does.
+
+    It works like :func:`steady_vsam`, but measures the correction on a slice of the
+    mini-batch. Every ``every``-th step makes two passes over ``share`` of the examples.
+    By default that is 8 % more examples than SGD processes. You choose the slice where
+    you write the step::
 
       tx.update(grads, state, params, psf_grad_fn=gradient_of_the_part)
       vsam_jax.linen.make_train_step(loss_fn, psf_share=1 / 8)
 
-    ρ is meant as SAM's. The gradient of a part is longer and points elsewhere, so that
-    the radius in use is smaller, a start value:
+    Give it SAM's ρ. The gradient of a slice is longer and points in another direction,
+    so the radius in use is smaller. This scaling is a starting point:
 
     .. math:: ρ_\text{part} = ρ \sqrt{\text{share}}
 
-    It is wrong where a part is too little to measure anything on: mini-batches of some
-    ten examples, BatchNorm with a handful of them. Accelerators that a part cannot fill
-    gain less.
+    Do not take it where a slice is too small to measure anything: with mini-batches of
+    about ten examples, or BatchNorm over only a few of them. It saves less on
+    accelerators that a slice cannot fill.
 
     Args:
-        rho: ρ, as in :func:`vsam`; what suits SAM is the value to start with.
+        rho: ρ, as in :func:`vsam`. Start with the value that suits SAM.
         share: 1/k, the share of the mini-batch.
-        every: a second gradient every so many steps.
+        every: the number of steps from one second gradient to the next.
         tolerance: η >= 0, as in :func:`steady_vsam`.
-        stats_mask: which tensors ‖g‖ and ‖s‖ are taken over, as in :func:`vsam`.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-        psf_dtype: dtype in which s is stored, as in :func:`vsam`.
+        stats_mask: the tensors over which ‖g‖ and ‖s‖ are taken, as in :func:`vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam`.
+        psf_dtype: the dtype in which s is stored, as in :func:`vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
         :class:`vsam_jax.VSAMState`.
 
     Raises:
-        ValueError: from ``update`` if the second gradient is taken of another share, as
-            far as that can be seen: without ``psf_grad_fn``, or by a builder with
-            another ``psf_share``.
+        ValueError: from ``update`` if the second gradient is visibly taken on another
+            share: without ``psf_grad_fn``, or by a builder with another ``psf_share``.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsam_jax
@@ -363,7 +387,7 @@ def lean_sam(
     share = 1 / _portions.parts_of(share, 'share')
     scale = share**0.5
     rho = _checks.radius('rho', rho)
-    scaled = (lambda count: scale * rho(count)) if callable(rho) else scale * rho
+    scaled = scale * rho if not callable(rho) else _scaled(rho, scale)
     return _steady(
         scaled,
         every,
@@ -380,16 +404,20 @@ def sam(
     *,
     perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Sharpness-aware minimization: the second gradient on every step.
+    r"""Sharpness-aware minimization (SAM): a second gradient on every step.
 
     .. math:: \text{direction} = ∇L(w + ε), \quad ε = ρ \, g / (‖g‖_2 + 10^{-12})
 
-    Used like :func:`vsam`; there is never a conditional, and nothing is stored but
-    counters and the latest norms.
+    Take it as the baseline to compare with; a step costs about two of the base
+    optimizer's. Put it first in ``optax.chain``, before the optimizer. On its own it
+    returns a direction that goes uphill, as a gradient does.
+
+    ``update`` takes the arguments of :func:`vsam`. The step has no conditional, and the
+    state stores only counters and the latest norms.
 
     Args:
         rho: ρ, as in :func:`vsam`.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -418,24 +446,27 @@ def asam(
     scale_mask: Mask | None = None,
     perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adaptive SAM: each weight is perturbed in proportion to its size.
+    r"""Adaptive SAM (ASAM): SAM that perturbs each weight in proportion to its size.
+
+    Take it where layers differ widely in scale. A rescaling of the weights that leaves
+    the network the same does not change what it measures.
 
     .. math::
       \text{direction} = ∇L(w + ε), \quad ε = ρ \, T^2 g / (‖T g‖_2 + 10^{-12}),
       \quad T = |w| + η
 
-    The default (η = 0, every tensor scaled) is the form of most libraries; an
-    element that is zero stays where it is. The authors' own form has η = 0.01
-    and T = 1 for biases, so that tensors which are all zero move too::
+    The default (η = 0, every tensor scaled) is the form in most libraries. An element
+    that is zero is then not perturbed. The authors use η = 0.01, and T = 1 for biases,
+    so that tensors of zeros are perturbed too::
 
       vsam_jax.asam(eta=0.01, scale_mask=vsam_jax.perturbation.all_but_biases)
 
     Args:
-        rho: ρ, as in :func:`vsam`; about ten times that of SAM.
+        rho: ρ, as in :func:`vsam`. Start with about ten times SAM's.
         eta: η >= 0.
-        scale_mask: which tensors have T = \|w| + η; the others have T = 1. A mask
-            in the convention of :func:`vsam`. None scales all.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
+        scale_mask: the tensors with T = \|w| + η. The others have T = 1. The form
+            of the mask is as in :func:`vsam`. None scales all.
+        perturb_mask: the tensors to perturb, as in :func:`vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -471,17 +502,21 @@ def looksam(
     perturb_mask: Mask | None = None,
     psf_dtype: DTypeLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""LookSAM: the second gradient every k steps, its orthogonal part between.
+    r"""LookSAM: SAM every k steps; in between it reuses the part orthogonal to g.
 
-    On steps 0, k, 2k, … the direction is g_SAM = ∇L(w + ε), and g_v is its part
-    orthogonal to g. On the others it is g + α (‖g‖ / ‖g_v‖) g_v.
+    Take it to compare with :func:`steady_vsam`, which reuses the whole correction.
+
+    On steps 0, k, 2k, … the direction is g_SAM = ∇L(w + ε). Let g_v be the part of
+    g_SAM that is orthogonal to g. On the other steps the direction is
+    g + α (‖g‖ / ‖g_v‖) g_v, with the latest g_v.
 
     Args:
         rho: ρ, as in :func:`vsam`.
-        every: k >= 1; 1 is SAM, and stores nothing.
+        every: k >= 1, the number of steps from one second gradient to the next. 1 is
+            SAM, and stores nothing.
         gain: α >= 0.
-        perturb_mask: which tensors are perturbed, as in :func:`vsam`.
-        psf_dtype: dtype in which g_v / ‖g_v‖ is stored, as in :func:`vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam`.
+        psf_dtype: the dtype in which g_v / ‖g_v‖ is stored, as in :func:`vsam`.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
@@ -504,7 +539,7 @@ def looksam(
         3
     """
     rule = sampling.Periodic(every)
-    # Checked also where nothing is reused.
+    # Checks the gain even where nothing is reused.
     rescaled = reuse.RescaledOrthogonal(gain)
     return sharpness_aware(
         perturbation.l2_ascent,
@@ -522,18 +557,22 @@ def every_step(
     rho: Radius,
     perturb_mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """A method that takes a second gradient on every step."""
+    """Builds a method that takes a second gradient on every step."""
     return sharpness_aware(
         perturb, sampling.Periodic(1), rule, rho, perturb_mask=perturb_mask
     )
 
 
+def _scaled(rho: optax.Schedule, scale: float) -> optax.Schedule:
+    return lambda count: scale * _checks.scheduled_radius('rho', rho(count))
+
+
 def _steady(
     rho: Radius, every: int, tolerance: float, **settings: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Every k-th step sampled, one weight in between; at k = 1 nothing is stored."""
+    """Samples every k-th step and reuses in between; k = 1 stores nothing."""
     rule = sampling.Periodic(every)
-    # Checked also where nothing is reused.
+    # Checks the tolerance even where nothing is reused.
     difference = reuse.SteadyDifference(max(rule.every, 2), tolerance)
     return sharpness_aware(
         perturbation.l2_ascent,

@@ -1,43 +1,45 @@
-"""What a training loop logs of a sharpness-aware optimizer."""
+"""Metrics of a sharpness-aware optimizer for a training loop to log."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vsam_jax._state import VSAMState, only_state
+from vsam_jax._state import VSAMState, check_alive, only_state
 
 
 def metrics(state: Any) -> dict[str, jax.Array]:
-    """Reads from any optimizer state how the sharpness-aware part of it does.
+    """Reads the metrics of a method from any optimizer state, for logging.
 
     Call it inside a training step, to return the result with the other metrics, or
-    outside, whenever something is logged. The result holds arrays of its own: they
-    stay readable when ``state`` is donated to the next step, and nothing waits for
-    the device before a value is asked for.
+    outside, whenever you log. The result consists of new arrays. They stay readable
+    when ``state`` is donated to the next step. The call does not wait for the device;
+    only reading a value does.
 
     Args:
-        state: anything with exactly one :class:`vsam_jax.VSAMState` in it: the state
-            of a chain, of a wrapper, a train state, an ``nnx.Optimizer``.
+        state: anything that contains exactly one :class:`vsam_jax.VSAMState`: the state
+            of a chain or of a wrapper, a train state, an ``nnx.Optimizer``.
 
     Returns:
-        A dictionary of scalars, or of stacked ones where the state is stacked. Its
+        A dictionary of scalars, or of stacked scalars if the state is stacked. Its
         keys are:
 
         - ``sampling_rate``: the share of updates so far that took a second gradient.
-        - ``budget``: b, how many steps of the current window are sampled (⌊b⌋; after
-          warm-up, in which all are); 0 where there is no plan (``aesam``).
+        - ``budget``: b. After warm-up, in which all steps are sampled, ⌊b⌋ steps of the
+          current window are sampled. 0 if there is no plan (``aesam``).
         - ``sampled``: whether the latest update took a second gradient.
         - ``grad_norm``, ``psf_norm``: ‖g‖ and ‖s‖ of the latest usable sample.
-        - ``sharpness``: L(w + ε) − L(w) of that sample; NaN until it is known, which
-          takes a builder, or ``value`` in ``update`` (:func:`vsam_jax.vsam`).
-        - ``psf_age``: how many updates ago that was; before there was one, more than
-          the updates made, in methods whose reuse ends.
+        - ``sharpness``: L(w + ε) − L(w) of that sample. NaN until it is known: use a
+          builder, or pass ``value`` to ``update`` (:func:`vsam_jax.vsam`).
+        - ``psf_age``: how many updates ago that sample was taken. Before the first
+          sample it exceeds the number of updates, in methods that stop reusing old
+          PSFs.
         - ``num_samples``: how many updates took a second gradient.
         - ``num_rejected``: how many of those were not finite, and were skipped.
 
     Raises:
-        ValueError: if ``state`` holds no ``VSAMState`` or several.
+        ValueError: if ``state`` contains no ``VSAMState`` or several.
+        RuntimeError: if ``state`` was donated to a step.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsam_jax
@@ -54,7 +56,8 @@ def metrics(state: Any) -> dict[str, jax.Array]:
     small = only_state(state)._replace(
         psf=None, rings=None, perturbation_memory=None, sampling_memory=None
     )
-    # The fields are arrays, or variables of NNX with an array each.
+    check_alive(jax.tree.leaves(small.step)[0])
+    # Each field is an array, or an NNX variable that holds one.
     fields = small._asdict().items()
     arrays: dict[str, Any] = {
         name: x if x is None else jax.tree.leaves(x)[0] for name, x in fields
@@ -64,7 +67,7 @@ def metrics(state: Any) -> dict[str, jax.Array]:
 
 @jax.jit
 def _read(state: VSAMState) -> dict[str, jax.Array]:
-    # What comes out of jit is no buffer of the state, gone with its donation.
+    # jit returns new buffers, which a donation of the state does not delete.
     return {
         'sampling_rate': state.num_samples.astype(state.budget.dtype)
         / jnp.maximum(state.step, 1),

@@ -1,4 +1,4 @@
-"""Momentum-SAM: sharpness at one gradient a step."""
+"""Momentum-SAM: a sharpness-aware method that needs one gradient a step."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsam_jax import _checks, _numerics
+from vsam_jax import _checks, _numerics, _places
 from vsam_jax._state import states_in
 from vsam_jax._types import PyTree, Radius
 
@@ -16,8 +16,8 @@ class MSAMState(NamedTuple):
 
     Attributes:
         step: int32 scalar, the number of updates made.
-        offset: ρ u/‖u‖ of the latest update u that was not zero, a tree like the
-            parameters: the trained ones less those to evaluate.
+        offset: ρ u/‖u‖ for the latest nonzero update u, a tree like the parameters.
+            It is the trained parameters minus those to evaluate.
     """
 
     step: jax.Array
@@ -25,40 +25,45 @@ class MSAMState(NamedTuple):
 
 
 def msam(rho: Radius = 0.3) -> optax.GradientTransformationExtraArgs:
-    r"""Momentum-SAM: the gradient is taken where the momentum leads.
+    r"""Momentum-SAM: perturbs along the momentum, so a step needs only one gradient.
 
-    The gradient is taken at w − ρ m/‖m‖, m being the momentum, where SAM's is taken at
-    w + ρ g/‖g‖. It stands *last* in the chain, after the learning rate, and moves the
-    parameters themselves: what is trained are the perturbed ones,
+    Take it where no second gradient is affordable. Put it *last* in ``optax.chain``,
+    after the optimizer with its learning rate. (The other methods go first.)
+
+    SAM takes its gradient at w + ρ g/‖g‖. Momentum-SAM takes it at w − ρ m/‖m‖, where m
+    is the momentum. To do so it moves the parameters themselves. The loop trains the
+    perturbed parameters
 
     .. math:: w_t + ρ \, u_t / ‖u_t‖_2,
 
-    with u the update of the base optimizer. So a step takes one gradient, of the
-    parameters as they are, in any training loop. An update of zero (a warm-up from
-    zero, a mini-step of ``optax.MultiSteps``) leaves the perturbation as it is.
+    where u is the update of the base optimizer. A step therefore takes one gradient,
+    at the parameters as they are, and any training loop works unchanged. An update of
+    zero (a warm-up from zero, a mini-step of ``optax.MultiSteps``) leaves the
+    perturbation as it is.
 
-    Evaluate and export :func:`msam_eval_params`; a checkpoint holds the trained
-    parameters together with the optimizer state. Statistics of BatchNorm are those of
-    the perturbed parameters.
+    Evaluate and export :func:`msam_eval_params`, not the trained parameters. In a
+    checkpoint save the trained parameters and the optimizer state. BatchNorm's
+    statistics are those of the perturbed parameters.
 
-    After SGD with momentum this is the authors' method, with weight decay as
-    ``optax.add_decayed_weights`` adds it, which acts on the perturbed parameters as in
-    their program. Any other base optimizer will do, but ε then follows the whole
-    update, preconditioned and with what else it has in it; the authors' variant of
-    AdamW, which follows the mean of the gradients, is not offered. Inside
-    ``optax.masked`` the other tensors are left alone.
+    After SGD with momentum this is the authors' method. Weight decay from
+    ``optax.add_decayed_weights`` acts on the perturbed parameters, as in their program.
+    You can use any other base optimizer, but ε then follows its whole update, with
+    preconditioning and everything else in it. The authors' variant for AdamW, which
+    follows the mean of the gradients, is not implemented. Inside ``optax.masked`` the
+    other tensors are left alone.
 
     Args:
         rho: ρ, a number >= 0, a scalar array or an optax schedule of the update count.
-            0 is the base optimizer.
+            0 gives the base optimizer.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
-        :class:`MSAMState`. It takes the memory of the parameters once more. In
-        bfloat16 or float16 parameters rounding adds up; keep them in float32.
+        :class:`MSAMState`. The state takes as much memory as the parameters. Keep the
+        parameters in float32: in bfloat16 or float16 rounding errors accumulate.
 
     Raises:
-        TypeError, ValueError: for a ``rho`` that is none.
+        TypeError, ValueError: if ``rho`` is not a valid radius. From ``update``: if the
+            method is not the last transformation in its chain.
 
     References:
         Becker et al., `Momentum-SAM: Sharpness Aware Minimization without Computational
@@ -79,7 +84,7 @@ def msam(rho: Radius = 0.3) -> optax.GradientTransformationExtraArgs:
     rho = _checks.radius('rho', rho)
 
     def init(params: PyTree) -> MSAMState:
-        for leaf in jax.tree.leaves(params):  # None where optax.masked left some out.
+        for leaf in jax.tree.leaves(params):  # optax.masked puts None for others.
             _checks.floating_leaves('params', leaf)
         return MSAMState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
 
@@ -87,15 +92,20 @@ def msam(rho: Radius = 0.3) -> optax.GradientTransformationExtraArgs:
         updates: PyTree, state: MSAMState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, MSAMState]:
         del params, extra_args
+        _places.check_last()
+        if not isinstance(state, MSAMState):
+            raise TypeError(_checks.no_state('MSAMState', state))
         _checks.same_tree(
             'updates', updates, 'the offset in state', state.offset, dtypes=False
         )
-        radius = rho(state.step) if callable(rho) else rho
         norm = _numerics.wide_norm(updates)
+        radius = _checks.current_radius('rho', rho, state.step, norm.dtype)
         scale = radius / jnp.where(norm == 0, 1, norm)
+        # A guard is to skip an update that is not finite, so the offset stays.
+        stays = (norm == 0) | ~jnp.isfinite(norm)
         offset = jax.tree.map(
             lambda u, old: jnp.where(
-                norm == 0, old, (scale * _numerics.widen(u)).astype(old.dtype)
+                stays, old, (scale * _numerics.widen(u)).astype(old.dtype)
             ),
             updates,
             state.offset,
@@ -114,18 +124,21 @@ def msam(rho: Radius = 0.3) -> optax.GradientTransformationExtraArgs:
 
 
 def msam_eval_params(state: Any, params: PyTree) -> PyTree:
-    """The parameters without the perturbation of :func:`msam`, for evaluation.
+    """Returns the parameters without the perturbation of :func:`msam`.
+
+    Evaluate and export these.
 
     Args:
-        state: anything with exactly one :class:`MSAMState` in it: the state of a chain
-            or of a wrapper, an ``nnx.Optimizer``.
-        params: the parameters that are trained, in NNX ``nnx.state(model, nnx.Param)``.
+        state: anything that contains exactly one :class:`MSAMState`: the state of a
+            chain or of a wrapper, an ``nnx.Optimizer``.
+        params: the trained parameters; in NNX ``nnx.state(model, nnx.Param)``.
 
     Returns:
         A tree like ``params``.
 
     Raises:
-        ValueError: if ``state`` holds none or several, or one of other parameters.
+        ValueError: if ``state`` contains no ``MSAMState`` or several, or one for other
+            parameters.
     """
     found = states_in(state, MSAMState)
     if len(found) != 1:
@@ -148,11 +161,19 @@ def msam_eval_params(state: Any, params: PyTree) -> PyTree:
     def evaluated(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
         # Tensors that optax.masked left out have not moved.
         name = _path(path)
-        return _numerics.add_scaled(w, -1, moved[name]) if name in moved else w
+        if name not in moved:
+            return w
+        if jnp.shape(w) != jnp.shape(moved[name]):
+            raise ValueError(
+                'params must be the parameters that the optimizer with vsam_jax.msam'
+                f' trains, but at {name!r} their shape is {jnp.shape(w)} and not'
+                f' {jnp.shape(moved[name])}.'
+            )
+        return _numerics.add_scaled(w, -1, moved[name])
 
     return jax.tree_util.tree_map_with_path(evaluated, params)
 
 
 def _path(path: tuple[Any, ...]) -> str:
-    """Where a leaf is. Variables of NNX have another type in a state than outside."""
+    """The path of a leaf as text: NNX variables change their type inside a state."""
     return jax.tree_util.keystr(path, simple=True, separator='/')

@@ -1,80 +1,97 @@
-"""The host's side of a planned run: it knows the plan, and picks the program."""
+"""Planned runs: the host reads the plan and picks the program for each step."""
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import core
 
-from vsam_jax import _buffers, _decision
-from vsam_jax._state import VSAMState, is_accumulated, is_state, states_in
+from vsam_jax import _buffers, _checks, _decision
+from vsam_jax._state import (
+    VSAMState,
+    check_alive,
+    consumed,
+    is_accumulated,
+    is_consumed,
+    is_state,
+    states_in,
+)
 
 
 class PlannedStep:
-    """Runs any training step planned: two programs instead of one with a conditional.
+    """Runs a training step as two programs instead of one with a conditional.
 
-    Which steps of a window are sampled is known before the window starts. So the host
-    can read the plan and run a program that always or never takes the second gradient.
-    A reuse step then needs no memory for a second pass, and no predicate travels from a
-    GPU to the host. The step is the one of a traced run, and is not told::
+    Take it where a step that reuses should need no memory for a second pass, or where a
+    conditional on a GPU costs time. The plan of a window is known before the window
+    starts. The host reads it, and runs either a program that always takes the second
+    gradient or one that never does. So no predicate travels from the GPU to the host.
+    The step function is the same as in a traced run::
 
       step = vsam_jax.PlannedStep(train_step)   # instead of jax.jit(train_step)
       for batch in batches:
         params, opt_state, loss = step(params, opt_state, batch)
 
-    The state of the method is found wherever it stands in the arguments, and in the
-    result or, where objects are updated in place (NNX), in the arguments again. A step
-    with no method in it, SGD's for instance, runs as it is.
+    The driver finds the state of the method anywhere in the arguments. It finds the new
+    state in the result, or in the arguments if objects are updated in place (NNX). A
+    step without a method, such as plain SGD, runs unchanged.
 
-    *What is jitted.* A function is given to ``jit``, once per program. One that is
-    jitted already (``@jax.jit``, ``@nnx.jit``, ``@eqx.filter_jit``) is called as it
-    is, with its own options: it compiles a program for each decision by itself.
+    *What is jitted.* A plain function is passed to ``jit``, once per program. A
+    function that is already jitted (``@jax.jit``, ``@nnx.jit``, ``@eqx.filter_jit``) is
+    called as it is, with its own options. It compiles one program per decision.
 
-    *Contract.* The state that a call returns goes into the next call, and each call
-    updates it once: to skip a bad update put the guard after vsam, as in
-    ``chain(vsam(...), apply_if_finite(sgd(...), ...))``, never around it. A step that
-    updates several times (a scan of steps) is refused before it runs, or right after
-    the call where it could not be looked at before (``eqx.filter_jit``, a longer scan
-    in a later call); jit it as it is, or plan the step inside. The plan is read once a
-    window (K steps), which waits for the step before; between two readings the host
-    does not wait for the device. A state that did not come from the last call (a
-    restored checkpoint, another run) is noticed by the identity of its step counter,
-    without a synchronisation, and its plan is read anew, from the middle of a window
-    too. (Code that copies the whole state between two calls makes the host read at
-    every step; ``num_reads`` shows it.)
+    *Contract.* Pass the state that a call returns to the next call. Each call must
+    update it exactly once:
 
-    *Several processes.* Each of them picks the program by its own copy of the
-    plan, and all pick the same one: the plan is a function of seed, window and
-    budget, and the budget of norms of gradients that were reduced over all
-    devices, which leaves the same bits on each.
+    - To skip bad updates put the guard after vsam, never around it, as in
+      ``chain(vsam(...), apply_if_finite(sgd(...), ...))``.
+    - A step that updates several times (a scan of steps) raises an error before it
+      runs. Where it cannot be inspected in time (``eqx.filter_jit``, a longer scan in a
+      later call), the error comes right after the call. Use plain ``jax.jit`` for such
+      a step, or plan the step inside it.
+
+    *Reading the plan.* The driver reads the plan once per window (K steps), and waits
+    for the previous step to do so. Otherwise the host does not wait for the device. If
+    a state did not come from the last call (a restored checkpoint, another run, a plan
+    set by hand), the driver reads its plan again, even in the middle of a window. It
+    recognizes such a state by the identity of its step counter and plan, without
+    synchronization. (Code that copies the whole state between calls therefore forces a
+    read at every step; ``num_reads`` shows it.)
+
+    *Several processes.* Each process picks the program by its own copy of the plan, and
+    all pick the same one. The plan is a function of seed, window and budget. The budget
+    is a function of the norms of gradients that were reduced over all devices, and so
+    has the same bits on each.
 
     Args:
-        train_step: the step of a traced run; any arguments, any result.
-        jit: what compiles it: ``jax.jit``, ``nnx.jit``, ``eqx.filter_jit``.
-        donate_state: whether the memory of the arguments in which the state stands is
-            reused for what the step returns. They must not be read afterwards: to keep
-            one copy it before, ``jax.tree.map(jnp.copy, state)``. None stands for True
-            where ``jit`` takes ``donate_argnums`` (``eqx.filter_jit`` has its own
-            ``donate``), and for what a function that is jitted already was told.
+        train_step: the step function of a traced run, with any arguments and any
+            result.
+        jit: the function that compiles it: ``jax.jit``, ``nnx.jit``,
+            ``eqx.filter_jit``.
+        donate_state: whether to donate the arguments that contain the state, so that
+            their memory is reused for the result. Do not read them afterwards. To keep
+            one, copy it first: ``jax.tree.map(jnp.copy, state)``. None means True if
+            ``jit`` takes ``donate_argnums`` (``eqx.filter_jit`` has its own
+            ``donate``). A function that is already jitted keeps its own setting.
         **jit_options: passed on to ``jit``, such as ``static_argnames``,
-            ``out_shardings`` or, for arguments besides, ``donate_argnums``.
+            ``out_shardings``, or ``donate_argnums`` for further arguments.
 
     Attributes:
         num_reads: how many times the plan has been read from the device.
 
     Raises:
         TypeError: from the constructor if ``train_step`` is not callable; from a call
-            if the state is traced, or neither returned nor updated in place.
-        ValueError: from the constructor if a function that is jitted already is given
-            options; from a call if the arguments hold several methods or stacked
-            plans, ``optax.MultiSteps`` around a method, or if the step updates the
-            state several times.
+            if the state is traced, or is neither returned nor updated in place.
+        ValueError: from the constructor if options are given for a function that is
+            already jitted; from a call if the arguments contain several methods,
+            stacked plans or ``optax.MultiSteps`` around a method, or if the step
+            updates the state several times.
         RuntimeError: from a call if the state did not advance with the calls, or was
-            consumed by an earlier one.
+            donated to an earlier one.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsam_jax
@@ -104,8 +121,8 @@ class PlannedStep:
     ):
         if not callable(train_step):
             raise TypeError(
-                f'train_step must be a function, got {train_step!r}: give the step'
-                ' that a traced run would jit.'
+                f'train_step must be a function, got {_checks.shown(train_step)}: give'
+                ' the step that a traced run would jit.'
             )
         if isinstance(jit, functools.partial):
             jit_options = jit.keywords | jit_options
@@ -114,17 +131,19 @@ class PlannedStep:
         if is_jitted and (
             donate_state is not None or jit_options or jit is not jax.jit
         ):
+            options = _checks.shown(dict(donate_state=donate_state, **jit_options))
             raise ValueError(
                 'train_step must not be jitted already where jit, donate_state or'
-                f' options of jit are given, got {train_step!r} and'
-                f' {dict(donate_state=donate_state, **jit_options)}: give them to the'
-                ' jit that it went through, or the function from before.'
+                f' options of jit are given, got {_checks.shown(train_step)} and'
+                f' {options}: give them to that jit, or give the function before it'
+                ' was jitted.'
             )
         takes_donations = 'donate_argnums' in inspect.signature(jit).parameters
         if donate_state and not takes_donations:
             raise ValueError(
                 f'donate_state must be None or False for jit={jit!r}, which takes no'
-                f' donate_argnums, got {donate_state!r}: tell that jit in its own way.'
+                f' donate_argnums, got {_checks.shown(donate_state)}: use the'
+                ' option of that jit.'
             )
         if donate_state is None:
             donate_state = takes_donations
@@ -144,10 +163,10 @@ class PlannedStep:
         self.num_reads = 0
 
     def program(self, sample: bool) -> '_Program':
-        """The compiled form of sampled (True) or reuse (False) steps.
+        """Returns the program of sampled (True) or reuse (False) steps.
 
-        Call it with the arguments of the step, or ``lower`` or ``trace`` it. To call it
-        advances the state past this driver's knowledge, which the next call notices.
+        Call it with the arguments of the step, or use its ``lower`` or ``trace``. A
+        call advances the state without this driver, whose next call then notices it.
         """
         return _Program(self, _decision_of(sample))
 
@@ -156,33 +175,37 @@ class PlannedStep:
 
         Args:
             *args: the arguments of ``train_step``.
-            sample: overrides the plan for this one step.
-            **kwargs: arguments of ``train_step`` by name.
+            sample: overrides the plan for this step only.
+            **kwargs: keyword arguments of ``train_step``.
 
         Returns:
-            What ``train_step`` returns.
+            The result of ``train_step``.
         """
         if sample is not None:
             sample = _decision_of(sample)
         leaves, layout = self._layout(args, kwargs)
         if layout.counter is None:
             return self._compiled(None, layout)(*args, **kwargs)
-        continues = self._window is not None and self._window.precedes(
-            leaves[layout.counter]
-        )
+        own = leaves[layout.counter : layout.counter + 3]
+        continues = self._window is not None and self._window.precedes(own)
         if not continues:
-            _check_alive(leaves[layout.counter])
+            check_alive(own[0])
         args, kwargs = self._own(args, kwargs, leaves, layout, continues)
         window = self._current_window(leaves, layout, continues)
         sample = window.plan[window.taken] if sample is None else sample
         program = self._compiled(sample, layout)
         counts = self._check_program(program, sample, layout, args, kwargs)
         traced = self._num_traced(program)
-        output = program(*args, **kwargs)
-        counter = self._next_counter(output, args, kwargs, leaves, layout)
-        window.follow(counter)
-        # What was traced anew, for other shapes or static arguments, may update more
-        # often; to look at it waits, but so did the compiler.
+        try:
+            output = program(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            _explain(error, args, kwargs)
+            raise
+        own = self._next_counters(output, args, kwargs, leaves, layout)
+        window.follow(own)
+        counter = own[0]
+        # A program traced again, for other shapes or static arguments, may update more
+        # often. Checking waits for the device, but compiling took longer.
         counts = counts and traced == self._num_traced(program)
         if not counts and int(counter) != window.next_step:
             self._window = None
@@ -192,7 +215,7 @@ class PlannedStep:
     # --- Programs ---
 
     def _compiled(self, sample: bool | None, layout: '_Layout') -> Any:
-        """The program of one decision, None for that of the plan in the state."""
+        """The program for one decision; None leaves it to the plan in the state."""
         if self._jit is None:
             return self._step if sample is None else _Told(self._step, sample)
         donated = self._donated(layout)
@@ -207,7 +230,7 @@ class PlannedStep:
         return self._programs[key]
 
     def _donated(self, layout: '_Layout') -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Which arguments are donated, by place and by name: the state's and others."""
+        """Which arguments are donated, by position and name: the state's and others."""
         places, names = map(_as_tuple, self._others_donated)
         if self._donates:
             places, names = (*layout.places, *places), (*layout.names, *names)
@@ -216,10 +239,10 @@ class PlannedStep:
     def _check_program(
         self, program: Any, sample: bool, layout: '_Layout', args: Any, kwargs: Any
     ) -> bool:
-        """Whether a program is known to update once; raises if it does not.
+        """Whether a program is known to update once; raises if it updates more often.
 
-        Before it runs for the first time, so before anything is donated. Tracing is
-        kept by jit, and not repeated.
+        This happens before the program first runs, so before anything is donated. jit
+        caches the trace and does not repeat it.
         """
         key = sample, layout.structure
         if key in self._checked:
@@ -227,7 +250,7 @@ class PlannedStep:
         counts = hasattr(program, 'trace')
         if counts:
             traced = program.trace(*args, **kwargs)
-            # What nnx.jit returns holds that of jax.jit.
+            # The result of nnx.jit's trace contains that of jax.jit's.
             traced = getattr(traced, 'traced', traced)
             number = _decision.num_updates(traced.jaxpr)
             if number > 1:
@@ -239,13 +262,13 @@ class PlannedStep:
         self._traces += 1
 
     def _num_traced(self, program: Any) -> int | None:
-        """How often programs have been traced; grows with each new signature."""
+        """How often programs have been traced: more with each new signature."""
         return _cache_size(program) if self._jit is None else self._traces
 
     # --- Arguments ---
 
     def _layout(self, args: Any, kwargs: Any) -> tuple[list[Any], '_Layout']:
-        """The leaves of a call, and what is where among them."""
+        """The leaves of a call's arguments, and the layout of these."""
         leaves, structure = jax.tree.flatten((args, kwargs))
         layout = self._layouts.get(structure)
         if layout is None:
@@ -260,9 +283,9 @@ class PlannedStep:
         layout: '_Layout',
         continues: bool,
     ) -> tuple[Any, Any]:
-        """The arguments, with memory of their own where they are donated."""
-        # What came out of a program has buffers of its own, unless somebody put one
-        # of its arrays into a second place since.
+        """The arguments, with separate buffers where they are donated."""
+        # The results of a program have separate buffers, unless the caller has since
+        # put one of the arrays in a second place.
         if self._jit is None or (continues and not _buffers.repeats(leaves)):
             return args, kwargs
         places, names = self._donated(layout)
@@ -282,7 +305,7 @@ class PlannedStep:
     def _current_window(
         self, leaves: list[Any], layout: '_Layout', continues: bool
     ) -> '_Window':
-        """The window that the next step belongs to, read if it is not known."""
+        """The window of the next step, read from the device if it is not known."""
         window = self._window
         if window is not None and continues and window.taken < len(window.plan):
             return window
@@ -297,17 +320,18 @@ class PlannedStep:
         if layout.decides:
             raise ValueError(
                 'The state must hold a method that plans its samples, got one that'
-                ' decides from the gradient of each step (aesam): nobody knows'
-                ' beforehand. Jit train_step as it is, jax.jit(train_step).'
+                ' decides from the gradient of each step (aesam), so there is no plan'
+                ' to read. Jit train_step as it is, jax.jit(train_step).'
             )
         assert layout.counter is not None
+        check_alive(leaves[layout.counter])
         new = _Window.read(*leaves[layout.counter : layout.counter + 3])
         self.num_reads += 1
         if window is not None and continues and new.step != window.next_step:
             self._window = None
             raise RuntimeError(
-                f'The state is at step {new.step} of vsam, but {window.next_step}'
-                ' is what the calls of this PlannedStep add up to: some calls did'
+                f'The state is at step {new.step} of vsam, but after the calls of this'
+                f' PlannedStep it should be at step {window.next_step}: some calls did'
                 ' not advance it. Every call must; skip a bad update after vsam, as'
                 ' in chain(vsam(...), apply_if_finite(sgd(...), ...)), not around'
                 ' it. To go on, make a new PlannedStep or restore a checkpoint.'
@@ -315,26 +339,26 @@ class PlannedStep:
         self._window = new
         return new
 
-    def _next_counter(
+    def _next_counters(
         self, output: Any, args: Any, kwargs: Any, leaves: list[Any], layout: '_Layout'
-    ) -> Any:
-        """The step counter of the state that came out of a step."""
+    ) -> list[Any]:
+        """Step counter, position and plan of the state that a step returned."""
         assert layout.counter is not None
         new, structure = jax.tree.flatten(output)
         places = self._layouts.get(structure)
         if places is None:
             places = self._layouts[structure] = _Layout.of((output,), {}, structure)
         if places.counter is not None:
-            return new[places.counter]
+            return new[places.counter : places.counter + 3]
         after, place = self._layout(args, kwargs)
         if place.counter is None or after[place.counter] is leaves[layout.counter]:
             self._window = None
             raise TypeError(_not_returned(output))
-        return after[place.counter]
+        return after[place.counter : place.counter + 3]
 
 
 class _Program:
-    """One of the two programs of a driver, whatever the arguments are donated as."""
+    """One of the two programs of a driver, for any layout of its arguments."""
 
     def __init__(self, driver: PlannedStep, sample: bool):
         self._driver = driver
@@ -349,21 +373,21 @@ class _Program:
         return self._of(args, kwargs)(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
-        """As the function of that name of a jitted function."""
+        """Like ``lower`` of a jitted function."""
         return self._of(args, kwargs).lower(*args, **kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
-        """As the function of that name of a jitted function."""
+        """Like ``trace`` of a jitted function."""
         return self._of(args, kwargs).trace(*args, **kwargs)
 
     def _cache_size(self) -> int:
-        """How often it was compiled, as jitted functions have it."""
+        """How often it was compiled, like ``_cache_size`` of a jitted function."""
         programs = self._driver._programs.items()
         return sum(p._cache_size() for key, p in programs if key[0] is self._sample)
 
 
 class _Told:
-    """A function that is jitted already, called with a decision around it."""
+    """A function that is already jitted, called within the context of a decision."""
 
     def __init__(self, function: Any, sample: bool):
         self._function = function
@@ -385,8 +409,8 @@ class _Told:
 
 
 def _bound(function: Any, name: str) -> Callable[..., Any]:
-    """An attribute of a jitted function, which of a method does not know its object."""
-    if isinstance(function, functools.partial):  # As nnx.jit binds methods.
+    """An attribute of a jitted function; that of a jitted method gets its object."""
+    if isinstance(function, functools.partial):  # nnx.jit binds methods like this.
         inner = _bound(function.func, name)
         return functools.partial(inner, *function.args, **function.keywords)
     attribute = getattr(function, name)
@@ -402,9 +426,9 @@ def _innermost(function: Any) -> Any:
 
 
 def _cache_size(program: Any) -> int | None:
-    """How many programs a jitted function has compiled, None if it does not say."""
+    """How many programs a jitted function has compiled; None if that is unknown."""
     function = _innermost(getattr(program, '_function', program))
-    # That of jax.jit inside of nnx.jit's and eqx.filter_jit's.
+    # The function of jax.jit inside those of nnx.jit and eqx.filter_jit.
     for name in ('jitted_fn', '_cached'):
         function = getattr(function, name, function)
     size: Any = getattr(function, '_cache_size', None)
@@ -414,7 +438,7 @@ def _cache_size(program: Any) -> int | None:
 def _specialize(
     train_step: Callable[..., Any], sample: bool | None, note: Callable[[], None]
 ) -> Callable[..., Any]:
-    """The step of which it is known whether it is sampled; notes that it is traced."""
+    """The step with its decision fixed; calls ``note`` whenever it is traced."""
 
     @functools.wraps(train_step)
     def program(*args: Any, **kwargs: Any) -> Any:
@@ -425,7 +449,7 @@ def _specialize(
         after = _counters(output) or _counters((args, kwargs))
         if len(after) > 1:
             raise ValueError(_several_states(len(after)))
-        # While it is traced, so before anything is donated.
+        # This runs during tracing, so before anything is donated.
         if before and (not after or after[0] is before[0]):
             raise TypeError(_not_returned(output))
         return output
@@ -477,20 +501,22 @@ def _as_tuple(given: Any) -> tuple[Any, ...]:
 
 def _decision_of(sample: Any) -> bool:
     if not isinstance(sample, (bool, np.bool_)):
-        raise TypeError(f'sample must be None or a Python bool, got {sample!r}.')
+        raise TypeError(
+            f'sample must be None or a Python bool, got {_checks.shown(sample)}.'
+        )
     return bool(sample)
 
 
 class _Layout(NamedTuple):
-    """What is where in the arguments or in the result of a step of one structure.
+    """Where things are in the arguments or the result of a step, for one structure.
 
     Attributes:
-        structure: of arguments by place and by name.
-        counter: the place of the step counter among the leaves, position and plan
-            being next to it; None if there is no method.
-        places: of the arguments in which it stands.
-        names: of those given by name.
-        is_accumulated: whether ``optax.MultiSteps`` stands around the method.
+        structure: the tree structure of positional and keyword arguments.
+        counter: the index of the step counter among the leaves; position and plan
+            follow it. None if there is no method.
+        places: the indices of the positional arguments that contain the state.
+        names: the names of the keyword arguments that contain it.
+        is_accumulated: whether ``optax.MultiSteps`` is around the method.
         decides: whether the method decides from the gradient, without a plan.
     """
 
@@ -519,20 +545,20 @@ class _Layout(NamedTuple):
 
 @dataclasses.dataclass
 class _Window:
-    """What the host knows of the window that is being run.
+    """What the host knows about the current window.
 
     Attributes:
-        plan: the decisions for the rest of the window, from where it was read.
-        step: the step counter of the state that it was read from.
-        last: the counter array of the state returned last, None before a step was
-            run. It is compared by identity and never read, so it may have been
-            donated since.
-        taken: how many steps were run since the plan was read.
+        plan: the decisions for the rest of the window, from the step of the read.
+        step: the step counter of the state at the read.
+        last: counter, position and plan of the latest returned state; () before the
+            first step. They are compared by identity and never read, so they may have
+            been donated since.
+        taken: how many steps have run since the read.
     """
 
     plan: list[bool]
     step: int
-    last: Any = None
+    last: Sequence[Any] = ()
     taken: int = 0
 
     @property
@@ -541,36 +567,36 @@ class _Window:
 
     @classmethod
     def read(cls, step: jax.Array, position: jax.Array, plan: jax.Array) -> '_Window':
-        """Reads the plan of the window that the state stands in; synchronises."""
+        """Reads the plan of the state's current window; waits for the device."""
         _check_plan(plan)
         plan, position, step = jax.device_get((plan, position, step))
         decisions = [bool(sample) for sample in plan[int(position) :]]
         return cls(plan=decisions, step=int(step))
 
-    def precedes(self, counter: Any) -> bool:
-        """Whether a state with this counter is the one that the last step returned."""
-        # A step that failed returned none.
-        return self.taken > 0 and counter is self.last
+    def precedes(self, own: Sequence[Any]) -> bool:
+        """Whether the last step returned the state with this counter and plan."""
+        # A step that failed returned no state.
+        return self.taken > 0 and all(map(operator.is_, own, self.last))
 
-    def follow(self, counter: Any) -> None:
-        """Notes that a step was run, and a state with this counter came out of it."""
-        self.last = counter
+    def follow(self, own: Sequence[Any]) -> None:
+        """Notes that a step has run and returned a state with these arrays."""
+        self.last = own
         self.taken += 1
 
 
-def _check_alive(counter: Any) -> None:
-    is_array = isinstance(counter, jax.Array) and not isinstance(counter, core.Tracer)
-    if is_array and counter.is_deleted():
-        raise RuntimeError(
-            'The state was consumed by an earlier call, which reused its memory'
-            ' (donate_state=True): go on with what that call returned. To keep a'
-            ' state copy it before, jax.tree.map(jnp.copy, state), or give'
-            ' PlannedStep donate_state=False.'
-        )
+def _explain(error: Exception, args: Any, kwargs: Any) -> None:
+    """Raises a clearer error if this one was raised for donated arrays."""
+    if 'deleted' not in str(error):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
+        if is_consumed(leaf):
+            place, *rest = path[1:]
+            name = f'argument {_checks.where((place,))}, at {_checks.where(rest)},'
+            raise RuntimeError(consumed(name)) from error
 
 
 def _check_plan(plan: jax.Array) -> None:
-    """Raises unless it is one plan that the host can read."""
+    """Raises unless the host can read ``plan`` and it is a single plan."""
     if isinstance(plan, core.Tracer):
         raise TypeError(
             'The state must hold concrete arrays, got traced ones: PlannedStep reads'
@@ -579,9 +605,9 @@ def _check_plan(plan: jax.Array) -> None:
     if plan.ndim != 1:
         raise ValueError(
             'The state must hold one plan, an array [window], but its plan has shape'
-            f' {plan.shape}: states that were stacked, by vmap for instance, have a'
-            ' plan each. Run them traced, inside one program.'
+            f' {plan.shape}: stacked states, from vmap for instance, have one plan'
+            ' each. Run them traced, inside one program.'
         )
 
 
-assert VSAMState._fields[:3] == ('step', 'position', 'plan')  # As a layout has them.
+assert VSAMState._fields[:3] == ('step', 'position', 'plan')  # Layouts rely on it.

@@ -15,12 +15,12 @@ def rho_schedule(
     max_rate: float,
     min_rate: float = 0.0,
 ) -> optax.Schedule:
-    r"""ρ in proportion to the learning rate, between two bounds, as in GSAM.
+    r"""A schedule of ρ that follows the learning rate between two bounds, as in GSAM.
 
     .. math:: ρ_t = ρ_\min + (ρ_\max - ρ_\min) \,
       \frac{r_t - r_\min}{r_\max - r_\min}
 
-    with the learning rate r_t held within its bounds.
+    The learning rate r_t is clipped to its bounds.
 
     Args:
         learning_rate: an optax schedule.
@@ -30,12 +30,12 @@ def rho_schedule(
         min_rate: r_min.
 
     Returns:
-        A schedule, to be given as ``rho``. (It counts updates of the method;
-        a rate that is constant or unknown beforehand cannot be followed.)
+        A schedule that you pass as ``rho``. It counts updates of the method. (It cannot
+        follow a rate that is constant or not known beforehand.)
 
     Raises:
         TypeError, ValueError: for bounds out of order, or a ``learning_rate`` that is
-            no schedule.
+            not a schedule.
 
     References:
         Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
@@ -55,7 +55,8 @@ def rho_schedule(
     if not callable(learning_rate):
         raise TypeError(
             'learning_rate must be a schedule, a function of the update count, got'
-            f' {learning_rate!r}. With a constant rate give a constant rho.'
+            f' {_checks.shown(learning_rate)}. With a constant rate give a constant'
+            ' rho.'
         )
     min_rho = _checks.real('min_rho', min_rho)
     max_rho = _checks.real('max_rho (from min_rho on)', max_rho, low=min_rho)

@@ -4,50 +4,51 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax import core
 
 from vsam_jax.statistics import Rings
 
 
 class VSAMState(NamedTuple):
-    """Everything that a sharpness-aware transformation keeps between updates.
+    """The state of all methods but :func:`vsam_jax.msam`.
 
-    All fields are arrays, trees of arrays or None; their structure, shapes and
-    dtypes never change from update to update. *Statistics dtype* is float32, or
-    the widest dtype of the parameters where that is wider.
+    All fields are arrays, trees of arrays or None. Their structure, shapes and dtypes
+    never change between updates. The *statistics dtype* is float32, or the widest dtype
+    of the parameters if that is wider.
 
     ``optax.tree.get(opt_state, 'VSAMState')`` finds it in the state of a chain or of a
-    wrapper, ``optax.tree.get(opt_state, 'budget')`` one of its fields.
+    wrapper. ``optax.tree.get(opt_state, 'budget')`` finds one of its fields.
 
     Attributes:
         step: int32 scalar, the number of updates made.
-        position: int32 scalar in [0, K), which step of the plan comes next.
-        plan: bool array [K], which steps of the current window are sampled. All
-            True during warm-up. The last update of a window already leaves the plan
-            of the next window here, so that a host can read it before that starts.
-            False throughout where the rule decides from the gradient.
-        budget: scalar in the statistics dtype, b; after warm-up ⌊b⌋ steps of a
-            window are sampled. Where steps are sampled at random, the expected number.
+        position: int32 scalar in [0, K), the index of the next step in the plan.
+        plan: bool array [K], which steps of the current window are sampled. All True
+            during warm-up. The last update of a window stores the plan of the next
+            window, so that a host can read it before that window starts. All False if
+            the rule decides from the gradient.
+        budget: scalar in the statistics dtype, b. After warm-up ⌊b⌋ steps of a window
+            are sampled. If steps are sampled at random, the expected number.
         psf: the latest usable PSF (projection of the second-order gradient onto
             the first-order one), a tree like the parameters in their dtypes or in
             ``psf_dtype``; zeros at first. None in methods that reuse nothing.
-        age: int32 scalar, how many updates ago the latest usable sample was taken.
-            Before the first one it starts at an age at which nothing is reused, in
-            methods whose reuse ends; at 0 in the others.
-        rings: statistics of the last K samples, [K] each, in the statistics dtype;
+        age: int32 scalar, how many updates ago the latest usable sample was taken. In
+            methods that stop reusing old PSFs it starts at an age at which nothing is
+            reused, in the others at 0.
+        rings: statistics of the last K samples, [K] each, in the statistics dtype.
             None in methods that use no statistics.
         grad_norm: scalar in the statistics dtype, ‖g‖ of the latest usable sample.
-        psf_norm: the same of ‖s‖.
-        sharpness: the same of L(w + ε) − L(w), by how much the loss rises; NaN until it
-            is known, which takes ``value`` and a ``grad_fn`` that returns it too.
+        psf_norm: scalar in the statistics dtype, ‖s‖ of that sample.
+        sharpness: scalar in the statistics dtype, the rise in the loss
+            L(w + ε) − L(w) of that sample. NaN until ``value`` is passed and
+            ``grad_fn`` returns the loss too.
         sampled: bool scalar, whether the latest update took a second gradient.
         num_samples: int32 scalar, how many updates took a second gradient.
-        num_rejected: int32 scalar, how many of those were not finite and were
-            therefore neither kept nor counted in the statistics.
-        perturbation_memory: what the perturbation keeps from step to step, for
-            instance an average of gradients; None in methods whose ε depends on the
-            latest gradient alone.
-        sampling_memory: what the sampling rule keeps where it decides by the latest
-            gradient instead of a plan; None in the others.
+        num_rejected: int32 scalar, how many of those were not finite. They were not
+            stored and do not count in the statistics.
+        perturbation_memory: the memory of the perturbation, for instance an average of
+            gradients. None in methods whose ε depends only on the current gradient.
+        sampling_memory: the memory of a sampling rule that decides from the current
+            gradient. None if there is a plan.
     """
 
     step: jax.Array
@@ -73,22 +74,23 @@ def is_state(node: Any) -> bool:
 
 
 def states_in(tree: Any, kind: Any = VSAMState) -> list[Any]:
-    """All states of a kind inside any state, none or more."""
+    """All states of a type inside a tree."""
     is_kind = lambda node: isinstance(node, kind)
     return list(filter(is_kind, jax.tree.leaves(tree, is_leaf=is_kind)))
 
 
 def only_state(tree: Any) -> VSAMState:
-    """The only :class:`VSAMState` inside any state: chained, wrapped, a train state.
+    """Returns the only :class:`VSAMState` inside a tree, however deep.
 
     Args:
-        tree: a pytree with exactly one ``VSAMState`` in it.
+        tree: a pytree that contains exactly one ``VSAMState``: the state of a chain or
+            of a wrapper, a train state.
 
     Returns:
         That state.
 
     Raises:
-        ValueError: if ``tree`` holds none or several.
+        ValueError: if ``tree`` contains none or several.
     """
     found = states_in(tree)
     if len(found) != 1:
@@ -100,7 +102,29 @@ def only_state(tree: Any) -> VSAMState:
     return found[0]
 
 
+def is_consumed(x: Any) -> bool:
+    """Whether ``x`` is an array whose memory was donated."""
+    is_array = isinstance(x, jax.Array) and not isinstance(x, core.Tracer)
+    return is_array and x.is_deleted()
+
+
+def check_alive(x: Any, what: str = 'The state') -> None:
+    """Raises if ``x``, an array of a state, was donated."""
+    if is_consumed(x):
+        raise RuntimeError(consumed(what))
+
+
+def consumed(what: str) -> str:
+    """The text of an error for arrays that were donated."""
+    return (
+        f'{what} was consumed by an earlier call, perhaps one that failed, which reused'
+        ' its memory (donate_state=True, donate_argnums): continue with the result of'
+        ' that call. To keep a state, copy it before, jax.tree.map(jnp.copy, state), or'
+        ' give PlannedStep donate_state=False.'
+    )
+
+
 def is_accumulated(tree: Any) -> bool:
-    """Whether ``optax.MultiSteps`` stands around a method, inside any state."""
+    """Whether a state contains ``optax.MultiSteps`` around a method."""
     wrappers = states_in(tree, optax.MultiStepsState)
     return any(states_in(wrapper.inner_opt_state) for wrapper in wrappers)

@@ -1,11 +1,12 @@
-"""A training step from a loss that is written once, for any framework.
+"""Builds a training step from a loss function, for any framework.
 
-What is easy to get wrong by hand is right by construction here. The second pass sees
-what the first one saw: the same mini-batch, the same random numbers, the running
-statistics as they were before. What it does to those statistics is thrown away.
+This gets right what is easy to get wrong by hand. The second pass sees what the first
+pass saw: the same mini-batch, the same random numbers, and the running statistics as
+they were before. Its changes to those statistics are discarded.
 
-A framework calls :meth:`Builder.begin`, gives the gradients to its optimizer with the
-``arguments`` that come with them, and hands what came of it to :meth:`Builder.settle`.
+A framework calls :meth:`Builder.begin`. It passes the gradients to its optimizer, with
+the ``arguments`` that come with them. Then it passes the result to
+:meth:`Builder.settle`.
 """
 
 import dataclasses
@@ -28,13 +29,14 @@ Gradient = Callable[..., tuple[jax.Array, PyTree, tuple[PyTree, Any]]]
 
 
 class Begun(NamedTuple):
-    """A step whose first pass is done.
+    """A step after its first pass.
 
     Attributes:
-        grads: the gradient, what the optimizer wants.
-        arguments: for ``tx.update``, by name: the loss, for optimizers that want it,
-            and what a method wants, where one stands in the state.
-        collections: whatever the forward pass updates, such as running statistics.
+        grads: the gradient for the optimizer.
+        arguments: keyword arguments for ``tx.update``: the loss, for optimizers that
+            use it, and those of a method, if the state contains one.
+        collections: everything that the forward pass updates, such as running
+            statistics.
         aux: anything else that the loss function returned.
     """
 
@@ -46,15 +48,15 @@ class Begun(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-    """What the steps of one builder have in common.
+    """The settings and the code that all steps of a builder share.
 
     Attributes:
         num_micro_batches: into how many parts each pass cuts the mini-batch.
         axis_name: the mapped axis over the devices, see :func:`vsam_jax.vsam`.
-        per_device: whether each device has its own perturbation.
-        psf_share: which share of the mini-batch the second gradient is taken on, 1/k.
+        per_device: whether each device makes its own perturbation.
+        psf_share: 1/k, the share of the mini-batch for the second gradient.
         overwrites: the name of a collection among the parameters whose "gradients"
-            take the place of its values; None if there is none.
+            replace its values; None if there is none.
     """
 
     num_micro_batches: int
@@ -75,7 +77,7 @@ class Builder:
 
     @property
     def axes(self) -> _collectives.Axes:
-        """The axes to average over; to be asked for where they are mapped."""
+        """The axes to average over; use it only where they are mapped."""
         return _collectives.axes_of(self.axis_name)
 
     def begin(
@@ -90,21 +92,21 @@ class Builder:
         sample: Any,
         dynamic_scale: Any = None,
     ) -> Begun:
-        """Takes the first pass and prepares the second.
+        """Runs the first pass and prepares the second.
 
         Args:
             loss_fn: see :data:`LossFn`.
-            params: where the first gradient is taken.
+            params: the parameters at which the first gradient is taken.
             opt_state: the optimizer's state.
             collections: see :class:`Begun`.
             batch: the mini-batch, arrays with a leading axis of examples.
-            key: for random numbers, or None.
+            key: a key for random numbers, or None.
             sample: whether the step is sampled, see :func:`vsam_jax.vsam`.
-            dynamic_scale: a loss scale for both passes, or None: an object like Flax's
-                ``DynamicScale``.
+            dynamic_scale: a loss scale for both passes, an object like Flax's
+                ``DynamicScale``, or None.
 
         Returns:
-            See :class:`Begun`; ``aux`` has a leading axis over the micro-batches where
+            See :class:`Begun`. ``aux`` has a leading axis over the micro-batches if
             there are several.
         """
         _check_accumulation(opt_state)
@@ -114,18 +116,22 @@ class Builder:
         whole, sliced = self._gradients(loss_fn, dynamic_scale)
 
         def one_pass(params: PyTree, gradient: Gradient = whole) -> Any:
-            # What is not perturbed is still what all devices share.
+            # Tensors that are not perturbed are still shared by all devices.
             return gradient(_collectives.own_copy(params, axes), before, batch, key)
 
+        if self.num_micro_batches > 1:
+            _portions.check_examples('num_micro_batches', batch)
+        if self.psf_share != 1:
+            _portions.check_examples('psf_share', batch)
         value, grads, (after, aux) = one_pass(params)
         if self.has_overwrites(grads):
-            # Sizes that were seen: over all devices the largest ones count.
+            # Sizes that were seen; the largest over all devices count.
             seen = _collectives.largest(grads[self.overwrites], axes)
             grads = {**grads, self.overwrites: seen}
 
         def value_fn(
             params: PyTree,
-            # A line search refuses arguments that its function does not have.
+            # A line search rejects arguments that its function does not have.
             grad_fn: Any = None,
             sample: Any = None,
             axis_name: Any = None,
@@ -147,7 +153,7 @@ class Builder:
                 'psf_share': None if sliced is None else self.psf_share,
             }
         else:
-            # The methods of this package average, other optimizers know no devices.
+            # The methods of this package average by themselves; others do not.
             grads = _collectives.mean(grads, axes)
         return Begun(
             grads=grads,
@@ -159,48 +165,48 @@ class Builder:
     def settle(
         self, begun: Begun, old: PyTree, new: PyTree, dynamic_scale: Any
     ) -> tuple[PyTree, Any]:
-        """Takes the update back if it was made from a gradient that is not finite.
+        """Undoes the update if one of its gradients was not finite.
 
         Args:
-            begun: what :meth:`begin` returned.
-            old: parameters, collections, optimizer state before the step; any tree.
-            new: the same after it.
+            begun: the result of :meth:`begin`.
+            old: parameters, collections and optimizer state before the step; any tree.
+            new: the same after the step.
             dynamic_scale: the loss scale of the step, or None.
 
         Returns:
-            ``new``, or ``old`` but for the state of a method, which advances; and the
-            loss scale of the next step.
+            ``new``, or ``old`` with the new state of the method, which advances; and
+            the loss scale of the next step.
         """
         if dynamic_scale is None:
             return new, None
-        # What overflows on one device is skipped on all of them.
+        # An overflow on one device skips the step on all of them.
         grads = _collectives.mean(begun.grads, self.axes)
         leaves = jax.tree.leaves(grads)
         finite = jnp.array([jnp.isfinite(g).all() for g in leaves]).all()
-        # The direction itself does not tell: the sign of an infinity is finite.
+        # The update itself would not show it: the sign of an infinity is finite.
         finite &= _num_rejected(new) == _num_rejected(old)
 
         def keep(new_leaf: Any, old_leaf: Any) -> Any:
             if is_state(new_leaf):
-                return new_leaf  # It knows what to reject, and has to advance.
+                return new_leaf  # It has rejected the sample, and must advance.
             if not isinstance(new_leaf, jax.Array):
-                return new_leaf  # Variables of NNX may hold anything.
+                return new_leaf  # NNX variables may hold anything.
             return jnp.where(finite, new_leaf, old_leaf)
 
         kept = jax.tree.map(keep, new, old, is_leaf=is_state)
         return kept, _next_scale(dynamic_scale, finite)
 
     def has_overwrites(self, grads: PyTree) -> bool:
-        """Whether there is a collection of what takes the place of parameters."""
+        """Whether gradients contain a collection of values that replace parameters."""
         return isinstance(grads, Mapping) and self.overwrites in grads
 
     def _gradients(
         self, loss_fn: LossFn, dynamic_scale: Any
     ) -> tuple[Gradient, Gradient | None]:
-        """Of the whole mini-batch, and of a slice of it (None if that is all of it)."""
+        """Gradients on the whole mini-batch and on a slice (None if that is all)."""
         one = convolutions.canonical(self._gradient(loss_fn, dynamic_scale))
-        # A gradient that a loss scale was divided out of is float32, because a
-        # narrower dtype may not hold it.
+        # A gradient from which a loss scale was divided out is float32, since a
+        # narrower dtype may not represent it.
         dtype = None if dynamic_scale is None else jnp.float32
         number, parts = self.num_micro_batches, _portions.parts_of(self.psf_share)
         accumulate = functools.partial(
@@ -210,9 +216,9 @@ class Builder:
         if parts == 1:
             return whole, None
         if number >= parts and number % parts == 0:
-            # Whole micro-batches, with the masks that they have in the first pass.
+            # Whole micro-batches, with the dropout masks of the first pass.
             return whole, accumulate(number, every=parts)
-        # No more examples at a time than in the first pass.
+        # Processes no more examples at a time than the first pass.
         at_a_time = -(-number // parts)
         of_slice = one if at_a_time == 1 else accumulate(at_a_time)
 
@@ -223,7 +229,7 @@ class Builder:
         return whole, sliced
 
     def _told(self, loss_fn: LossFn) -> LossFn:
-        """The loss; without an axis it must be that of all devices together."""
+        """The loss, with a check: without an axis it must be that of all devices."""
 
         def told(
             params: PyTree, collections: PyTree, batch: Any, key: jax.Array | None
@@ -244,7 +250,7 @@ class Builder:
             result = dynamic_scale.value_and_grad(loss_fn, has_aux=True)(*args)
             (value, outputs), grads = result.aux, result.grad
             if self.has_overwrites(grads):
-                # These are no gradients: no scale is in them, so none comes out.
+                # These are not gradients and contain no scale, so undo the division.
                 values = grads[self.overwrites]
                 values = optax.tree.scale(dynamic_scale.scale, values)
                 grads = {**grads, self.overwrites: values}
@@ -254,13 +260,29 @@ class Builder:
 
 
 def takes_extra_args(tx: Any) -> bool:
-    """Whether ``tx.update`` takes arguments besides the three of any optimizer."""
-    # MultiSteps passes them on, without being what says so.
+    """Whether ``tx.update`` takes more than the three arguments of any optimizer."""
+    # MultiSteps passes them on, although its type does not say so.
     return isinstance(tx, (optax.GradientTransformationExtraArgs, optax.MultiSteps))
 
 
+def of_two(name: str, given: Any, wanted: str) -> tuple[Any, Any]:
+    """Returns ``given`` if it is a pair, or raises.
+
+    Args:
+        name: a name for the pair in the error.
+        given: the pair.
+        wanted: what the pair should look like.
+    """
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        kind = _checks.kind(given)
+        if isinstance(given, (tuple, list)):
+            kind = f'{len(given)} values'
+        raise TypeError(f'{name} must be a pair, {wanted}, got {kind}.')
+    return given[0], given[1]
+
+
 def _check_accumulation(opt_state: PyTree) -> None:
-    """Raises where a second gradient would not be that of the whole mini-batch."""
+    """Raises if a second gradient would not cover the whole mini-batch."""
     if is_accumulated(opt_state):
         raise ValueError(
             'tx must not be optax.MultiSteps around a method of vsam_jax here: the'
@@ -279,9 +301,9 @@ def _accumulated(
 ) -> Gradient:
     """The mean gradient over micro-batches, one after the other.
 
-    Its dtype is ``dtype``, or with None that of each parameter. Of the micro-batches
-    it takes all, or one of ``every`` so many. Of the collection ``overwrites``, sizes
-    that were seen, it takes the largest.
+    Its dtype is ``dtype``, or with None that of each parameter. It uses every
+    ``every``-th micro-batch. The collection ``overwrites`` contains sizes that were
+    seen, of which it takes the largest instead of the mean.
     """
 
     def is_size(path: tuple[Any, ...]) -> bool:
@@ -334,15 +356,15 @@ def _accumulated(
 
 
 def _in_dtypes_of(old: PyTree, new: PyTree) -> PyTree:
-    """The new collections in the dtypes of the old ones, so that a state keeps its.
+    """The new collections in the dtypes of the old ones, which a state must keep.
 
-    Flax's BatchNorm starts in float32, whatever dtype it goes on in.
+    Flax's BatchNorm starts in float32, but may return another dtype.
     """
     if jax.tree.structure(old) != jax.tree.structure(new):
-        return new  # Something was added.
+        return new  # A collection was added.
 
-    # Unlike optax.tree.cast_like, which random keys among them would refuse, and
-    # numbers that are no arrays.
+    # Unlike optax.tree.cast_like, this accepts random keys, and numbers that are not
+    # arrays.
     def cast(o: Any, n: Any) -> Any:
         wanted, given = (getattr(x, 'dtype', None) for x in (o, n))
         if wanted is None or given is None or wanted == given:
@@ -357,6 +379,6 @@ def _num_rejected(tree: PyTree) -> jax.Array | int:
 
 
 def _next_scale(dynamic_scale: Any, finite: jax.Array) -> Any:
-    """The loss scale after a step; Flax has its rule inside ``value_and_grad``."""
+    """The loss scale after a step; Flax's rule is inside ``value_and_grad``."""
     outcome = lambda x: x * jnp.where(finite, 1, jnp.nan)
     return dynamic_scale.value_and_grad(outcome)(jnp.ones(())).dynamic_scale

@@ -1,9 +1,9 @@
 r"""The update that all methods of the family share.
 
-A method is a choice of three: where the second gradient is taken
-(:mod:`vsam_jax.perturbation`), when (:mod:`vsam_jax.sampling`) and how an old
-one is reused (:mod:`vsam_jax.reuse`). This module puts any three together into
-an optax transformation; it knows none of them by name.
+A method makes three choices: where the second gradient is taken
+(:mod:`vsam_jax.perturbation`), when it is taken (:mod:`vsam_jax.sampling`) and how an
+old one is reused (:mod:`vsam_jax.reuse`). This module combines any three of them into
+an optax transformation. It does not depend on particular ones.
 """
 
 import dataclasses
@@ -14,7 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsam_jax import _checks, _collectives, _decision, _numerics, _portions
+from vsam_jax import (
+    _checks,
+    _collectives,
+    _decision,
+    _dependence,
+    _numerics,
+    _places,
+    _portions,
+)
 from vsam_jax import perturbation as perturbations
 from vsam_jax import reuse as reuses
 from vsam_jax._state import VSAMState
@@ -36,28 +44,35 @@ def sharpness_aware(
     psf_dtype: DTypeLike = None,
     share: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Puts a perturbation, a sampling rule and a reuse rule together.
+    """Builds a method from a perturbation, a sampling rule and a reuse rule.
 
-    The methods with a name (:func:`vsam_jax.vsam` and its relatives) are calls of
-    this function; their docstrings describe what ``init`` and ``update`` do.
+    Take it to write your own method. Put the result first in ``optax.chain``, before
+    the optimizer. On its own it returns a direction that goes uphill, as a gradient
+    does.
+
+    The named methods (:func:`vsam_jax.vsam` and its relatives) all call this function.
+    Their docstrings describe ``init`` and ``update``.
 
     Args:
         perturbation: where the second gradient is taken.
         sampling: when it is taken.
         reuse: how an old one is reused.
-        rho: ρ, see :func:`vsam_jax.vsam`, and so on for the other arguments.
-        stats_mask: which tensors the statistics are taken over.
-        perturb_mask: which tensors are perturbed.
-        psf_dtype: dtype in which the memory is stored.
-        share: the share of the mini-batch, 1/k, that the radius is meant for: an update
-            that takes its second gradient of another one is an error. None allows any.
+        rho: ρ, as in :func:`vsam_jax.vsam`.
+        stats_mask: the tensors over which the statistics take their norms, as in
+            :func:`vsam_jax.vsam`.
+        perturb_mask: the tensors to perturb, as in :func:`vsam_jax.vsam`.
+        psf_dtype: the dtype in which the memory is stored, as in
+            :func:`vsam_jax.vsam`.
+        share: 1/k, the share of the mini-batch for which the radius is meant. An update
+            whose second gradient is taken on another share raises an error. None allows
+            any.
 
     Returns:
         An :class:`optax.GradientTransformationExtraArgs` with state
         :class:`vsam_jax.VSAMState`.
 
     Raises:
-        TypeError, ValueError: for arguments that are no rules, masks, radii or dtypes.
+        TypeError, ValueError: for invalid rules, masks, radii or dtypes.
 
     Example:
         Plain SAM on a random half of the steps:
@@ -76,7 +91,7 @@ def sharpness_aware(
         raise TypeError(
             'perturbation must be a function of (grads, params, rho), such as'
             ' perturbation.l2_ascent, or a perturbation.StatefulPerturbation, got'
-            f' {perturbation!r}.'
+            f' {_checks.shown(perturbation)}.'
         )
     _checks.instance('sampling', sampling, SamplingRule, 'sampling.Periodic(5)')
     _checks.instance('reuse', reuse, ReuseRule, 'reuse.NoReuse()')
@@ -94,10 +109,22 @@ def sharpness_aware(
     return optax.GradientTransformationExtraArgs(method.init, method.update)  # pyright: ignore[reportArgumentType]
 
 
-class _Outcome(NamedTuple):
-    """What the sampled and the unsampled half of an update both return.
+# The keyword arguments of an update.
+_ARGUMENTS = (
+    'grad_fn',
+    'sample',
+    'axis_name',
+    'per_device',
+    'value',
+    'psf_grad_fn',
+    'psf_share',
+)
 
-    This is all that passes through the branches of a conditional.
+
+class _Outcome(NamedTuple):
+    """The result of both branches of an update, sampled and not.
+
+    Nothing else passes through a conditional.
     """
 
     memory: PyTree
@@ -111,7 +138,7 @@ class _Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Method:
-    """Where, when and how, and what all of them share."""
+    """A choice of where, when and how, and the code that all choices share."""
 
     perturbation: Perturbation
     sampling: SamplingRule
@@ -130,15 +157,16 @@ class _Method:
         dtype = _numerics.statistics_dtype(params)
         rule = self.sampling
         _check_rule(rule)
-        budget, rings = rule.init_budget(dtype), rule.init_rings(dtype)
+        rings = rule.init_rings(dtype)
+        budget = _budget(rule, rule.init_budget(dtype), dtype)
         if rule.warmup_steps == 0:
-            budget = rule.next_budget(budget, rings)
+            budget = _budget(rule, rule.next_budget(budget, rings), dtype)
             plan = _plan(rule, budget, jnp.zeros((), jnp.int32))
         else:
             plan = jnp.ones((rule.window,), jnp.bool_)
         return VSAMState(
             step=jnp.zeros((), jnp.int32),
-            # Windows start at step W; counted backwards they cover the warm-up.
+            # Windows start at step W. Counted backwards, they cover the warm-up too.
             position=jnp.array(-rule.warmup_steps % rule.window, jnp.int32),
             plan=plan,
             budget=budget,
@@ -170,19 +198,20 @@ class _Method:
         psf_share: float | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, VSAMState]:
-        """The direction and the next state, see :func:`vsam_jax.vsam`."""
-        del extra_args
+        """Returns the direction and the next state, see :func:`vsam_jax.vsam`."""
+        _checks.no_misspelling(extra_args, _ARGUMENTS)
+        _places.check_method(sample_is_told=sample is not None)
         axes = _collectives.axes_of(axis_name)
         _collectives.check_per_device(per_device, axis_name)
         if sample is not False:
-            self._check_slice(psf_grad_fn, psf_share)
+            self._check_slice(grad_fn, psf_grad_fn, psf_share)
         second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
         _check_update(updates, state, params, second_fn, sample)
-        self._check_memories(state, per_device)
+        self._check_state(state, params, per_device)
         _collectives.check_told(axis_name, 'the gradient', updates, params)
         _collectives.check_own('updates', updates, axes)
-        # From here on every number is the same on all devices, the plan too, but
-        # for what the second pass sees and returns.
+        # From here on all numbers, the plan included, are the same on all devices,
+        # except those that go into and come out of the second pass.
         grads = _collectives.mean(updates, axes)
         before = state
         state, rule = self._observe(grads, params, before)
@@ -204,15 +233,15 @@ class _Method:
         direction = self.reuse.direction(grads, outcome.memory, outcome.weights)
         taken = jnp.asarray(sample, jnp.bool_)
         if sample is not False:
-            # Traced, the older memory has taken its place, and norms overflow before
-            # gradients do: show that there was one.
+            # In a traced step the older memory has replaced a rejected one, and norms
+            # overflow before gradients do. NaN shows that the sample was rejected.
             rejected = taken & ~outcome.accepted
             direction = jax.tree.map(
                 lambda d: jnp.where(rejected, jnp.nan, d), direction
             )
         if self._stores(state) and sample is True:
-            # Not before the direction is made: the older memory is not read for that,
-            # and so need not be copied.
+            # After the direction, which does not read the older memory. So that memory
+            # need not be copied.
             kept = _kept(outcome.accepted, outcome.memory, state.psf)
             outcome = outcome._replace(memory=kept)
         return direction, self._advance(state, outcome, taken)
@@ -220,12 +249,13 @@ class _Method:
     def _observe(
         self, grads: PyTree, params: PyTree, state: VSAMState
     ) -> tuple[VSAMState, Callable[[], jax.Array]]:
-        """What rules with a memory of their own make of the gradient of any step.
+        """Updates the memories of perturbation and sampling rule with the gradient.
 
-        A gradient that is not finite leaves their memories as they are.
+        A gradient that is not finite leaves them unchanged.
 
         Returns:
-            The state with these memories, and what says whether the step is sampled.
+            The state with these memories, and a function that decides whether the step
+            is sampled.
         """
         decided, rule = lambda: state.plan[state.position], self.sampling
         if state.perturbation_memory is not None:
@@ -233,12 +263,22 @@ class _Method:
             memory = perturbations.observe(
                 self.perturbation, grads, params, state.perturbation_memory, mask
             )
+            if problem := _checks.difference(memory, state.perturbation_memory):
+                raise ValueError(
+                    'observe of the perturbation must return a memory like the one that'
+                    f' init made: {problem}'
+                )
             finite = jnp.isfinite(_numerics.wide_norm(grads))
             memory = _kept(finite, memory, state.perturbation_memory)
             state = state._replace(perturbation_memory=memory)
         if state.sampling_memory is not None:
             norm = jax.lax.stop_gradient(self._norm(params, state)(grads))
             wanted, memory = rule.decide(state.sampling_memory, norm)
+            if problem := _checks.difference(memory, state.sampling_memory):
+                raise ValueError(
+                    f'decide of sampling ({type(rule).__name__}) must return a memory'
+                    f' like the one that init_memory made: {problem}'
+                )
             finite = jnp.isfinite(norm)
             memory = _kept(finite, memory, state.sampling_memory)
             state = state._replace(sampling_memory=memory)
@@ -254,40 +294,33 @@ class _Method:
         axes: _collectives.Axes,
         per_device: bool,
     ) -> '_Sample':
-        """The second pass over the examples of the first one, and what both give.
+        """Runs the second pass on the examples of the first, and combines both.
 
         Args:
             first: each device's own first pass.
-            grad_fn: takes another one.
+            grad_fn: runs another pass.
             params: w, each device's own copy.
-            state: before this update.
-            axes: to average over.
-            per_device: whether ε is of each device's own gradient.
+            state: the state before this update.
+            axes: the axes to average over.
+            per_device: whether ε comes from each device's own gradient.
 
         Returns:
-            The means over all devices. At ρ = 0 both gradients are the same bits.
+            The means over all devices. At ρ = 0 both gradients have the same bits.
         """
-        radius = self.rho(state.step) if callable(self.rho) else self.rho
-        radius = jnp.asarray(radius, _numerics.statistics_dtype(params))
+        dtype = _numerics.statistics_dtype(params)
+        radius = _checks.current_radius('rho', self.rho, state.step, dtype)
         grads = _collectives.mean(first.grads, axes)
         mask = _checks.resolve_mask('perturb_mask', self.perturb_mask, params)
         ascent = first.grads if per_device else grads
-        second = _pass_of(
-            grad_fn,
-            first.grads,
-            perturbations.perturb(
-                self.perturbation,
-                ascent,
-                params,
-                radius,
-                mask,
-                state.perturbation_memory,
-            ),
+        perturbed = perturbations.perturb(
+            self.perturbation, ascent, params, radius, mask, state.perturbation_memory
         )
+        second = _pass_of(grad_fn, first.grads, perturbed)
+        rise = _rise(first.value, second.value)
+        _check_second(second.grads, first.grads, params)
         # The second pass may round differently from the first.
         at_zero = lambda g, g_sam: jnp.where(radius == 0, g, g_sam)
         sam_grads = jax.tree.map(at_zero, first.grads, second.grads)
-        rise = _rise(first.value, second.value)
         return _Sample(
             grads=grads,
             sam_grads=_collectives.mean(sam_grads, axes),
@@ -303,12 +336,12 @@ class _Method:
         sample: bool | jax.Array,
         is_slice: bool,
     ) -> _Outcome:
-        """What a sample leaves behind: nothing, if it is not finite."""
+        """The outcome of a sample; one that is not finite changes nothing."""
         dtype = state.budget.dtype
         psf = reuses.psf_of(two.grads, two.sam_grads)
         first, second = two.grads, two.sam_grads
         if is_slice and not self._stores(state):
-            # What stores no difference makes the direction of g_SAM: here g + s.
+            # Rules that store no difference use g_SAM, which here is g + s.
             first = grads
             second = jax.tree.map(
                 lambda g, s: _numerics.add_scaled(g, 1, s), grads, psf
@@ -317,18 +350,18 @@ class _Method:
         norm = self._norm(params, state)
         grad_norm, psf_norm = norm(grads), norm(psf)
         own_norm = norm(two.grads) if is_slice else grad_norm
-        # The norm of the memory sees tensors that stats_mask leaves out, and
-        # numbers that overflow in a narrow psf_dtype.
+        # The norm of the memory also covers tensors outside stats_mask, and numbers
+        # that overflow in a narrow psf_dtype.
         norms = [grad_norm, own_norm, psf_norm, _numerics.wide_norm(memory, dtype)]
         accepted = jnp.isfinite(jnp.stack(norms)).all()
-        # Decisions are not differentiated: they are piecewise constant, and the
+        # Decisions are not differentiated. They are piecewise constant, and the
         # derivative of a norm at zero is not finite.
         grad_norm, own_norm, psf_norm, sharpness = jax.lax.stop_gradient(
             (grad_norm, own_norm, psf_norm, two.sharpness.astype(dtype))
         )
         if self._stores(state) and sample is not True:
-            # Inside the branch, so that it is written where the older one was:
-            # a conditional copies what is needed after it as it was before.
+            # Selected inside the branch, so that the result can reuse the buffer of
+            # the older memory: a conditional copies any input that is used after it.
             memory = _kept(accepted, memory, state.psf)
         observed = self.sampling.observe(state.rings, own_norm, psf_norm)
         return _Outcome(
@@ -344,7 +377,7 @@ class _Method:
         )
 
     def _recall(self, grads: PyTree, state: VSAMState) -> _Outcome:
-        """The memory and weights of a step without a second gradient."""
+        """The outcome of a step without a second gradient."""
         memory, weights = self.reuse.recall(
             grads,
             state.psf,
@@ -366,8 +399,8 @@ class _Method:
     ) -> VSAMState:
         """The state of the next update.
 
-        Where a window starts with it, budget and plan are those of that window; the
-        plan is a small array, so it is made on every step and selected, which needs
+        If that update starts a window, budget and plan are those of the new window. The
+        plan is a small array, so it is computed on every step and selected. This needs
         no conditional.
         """
         rule, accepted = self.sampling, outcome.accepted
@@ -375,6 +408,7 @@ class _Method:
         position = (state.position + 1) % rule.window
         starts = (position == 0) & (step >= rule.warmup_steps)
         budget = rule.next_budget(state.budget, outcome.rings)
+        budget = _budget(rule, budget, state.budget.dtype)
         plan = _plan(rule, budget, (step - rule.warmup_steps) // rule.window)
         rejected = taken & ~accepted
         return VSAMState(
@@ -396,13 +430,26 @@ class _Method:
         )
 
     def _norm(self, params: PyTree, state: VSAMState) -> Callable[[PyTree], jax.Array]:
-        """The norm of the statistics, over the tensors of ``stats_mask``."""
+        """The norm over the tensors of ``stats_mask``, for the statistics."""
         measured = _checks.resolve_mask('stats_mask', self.stats_mask, params)
         return lambda tree: _numerics.wide_norm(
             perturbations.select(tree, measured), state.budget.dtype
         )
 
-    def _check_slice(self, psf_grad_fn: GradFn | None, psf_share: float | None) -> None:
+    def _check_slice(
+        self,
+        grad_fn: GradFn | None,
+        psf_grad_fn: GradFn | None,
+        psf_share: float | None,
+    ) -> None:
+        # A function of vsam_jax.nnx.value_and_grad knows its share.
+        if psf_grad_fn is None and getattr(grad_fn, 'psf_share', 1) != 1:
+            raise ValueError(
+                'grad_fn must take the gradient of the whole mini-batch, got one with'
+                f' psf_share={grad_fn.psf_share:g}: pass it as psf_grad_fn.'  # pyright: ignore
+            )
+        if psf_share is None:
+            psf_share = getattr(psf_grad_fn, 'psf_share', None)
         if self.parts is not None:
             parts = 1 if psf_grad_fn is None else self.parts
             if psf_share is not None:
@@ -418,18 +465,43 @@ class _Method:
         if psf_grad_fn is not None and not self.reuse.takes_slices:
             raise ValueError(
                 f'psf_grad_fn must not be given to {type(self.reuse).__name__}'
-                ' (looksam), whose memory is the part of g_SAM orthogonal to g: where'
-                ' the two are gradients of different examples it says nothing. Leave it'
+                ' (looksam), whose memory is the part of g_SAM orthogonal to g: for'
+                ' gradients of different examples it is meaningless. Leave it'
                 ' out (psf_share=1), or take steady_vsam.'
             )
 
-    def _check_memories(self, state: VSAMState, per_device: bool) -> None:
-        stateful = isinstance(self.perturbation, perturbations.StatefulPerturbation)
-        found = state.perturbation_memory is not None, state.sampling_memory is not None
-        if found != (stateful, _decides(self.sampling)):
-            raise ValueError(
-                'state must be that of this method, got one with other memories: make'
-                ' it by tx.init(params) of the same optimizer.'
+    def _memories(self, params: PyTree) -> dict[str, PyTree]:
+        """The parts of an initial state that differ between methods."""
+        dtype = _numerics.statistics_dtype(params)
+        return {
+            'plan': jnp.zeros((self.sampling.window,), jnp.bool_),
+            'psf': self.reuse.init(params, self.psf_dtype),
+            'rings': self.sampling.init_rings(dtype),
+            'perturbation_memory': perturbations.init(self.perturbation, params),
+            'sampling_memory': self.sampling.init_memory(dtype),
+        }
+
+    def _check_state(self, state: VSAMState, params: PyTree, per_device: bool) -> None:
+        """Raises for a state of another method, other settings or other parameters."""
+        for name, like in jax.eval_shape(self._memories, params).items():
+            found = getattr(state, name)
+            if problem := _checks.difference(found, like):
+                raise ValueError(
+                    f'state must be that of this method, with these settings and for'
+                    f' these parameters, but its {name} differs: {problem} Make it by'
+                    ' tx.init(params) of the same optimizer.'
+                )
+        dtype = jnp.result_type(state.budget)
+        if isinstance(state.budget, jax.ShapeDtypeStruct):
+            raise TypeError(
+                'state must hold arrays, got the shapes and dtypes that jax.eval_shape'
+                ' makes: run tx.init(params), or restore into them.'
+            )
+        if jnp.promote_types(dtype, jnp.float32) != dtype:
+            raise TypeError(
+                'state must hold its statistics in float32 or wider, got'
+                f' {dtype}: cast the parameters alone, and psf_dtype is'
+                ' there to store the PSF in fewer bits.'
             )
         if per_device and not getattr(self.perturbation, 'uses_gradient', True):
             raise ValueError(
@@ -443,10 +515,10 @@ class _Method:
 
 
 def _kept(accepted: jax.Array, new: PyTree, older: PyTree) -> PyTree:
-    """The new tree or, after a sample that cannot be used, the older one."""
+    """The new tree, or the older one if the sample was rejected."""
 
     def kept(x: jax.Array, old: jax.Array) -> jax.Array:
-        # Gradients may be wider than the parameters; the state keeps its types.
+        # Gradients may be wider than the parameters, but the state keeps its dtypes.
         if jnp.issubdtype(old.dtype, jnp.floating):
             x = x.astype(old.dtype)
         return jnp.where(accepted, x, old)
@@ -460,7 +532,7 @@ def _decides(rule: SamplingRule) -> bool:
 
 
 def _check_rule(rule: SamplingRule) -> None:
-    """Raises for a sampling rule of somebody's own that cannot be meant."""
+    """Raises for an invalid user-defined sampling rule."""
     name = f'sampling ({type(rule).__name__})'
     _checks.integer(f'window of {name}', getattr(rule, 'window', None), low=1)
     if _decides(rule) and rule.init_memory(jnp.float32) is None:
@@ -471,7 +543,7 @@ def _check_rule(rule: SamplingRule) -> None:
 
 
 def _plan(rule: SamplingRule, budget: jax.Array, window_index: jax.Array) -> jax.Array:
-    """The plan of a window; raises if it is none."""
+    """The plan of a window; raises if it is not valid."""
     plan = rule.plan(budget, window_index)
     if jnp.shape(plan) != (rule.window,) or jnp.result_type(plan) != jnp.bool_:
         raise ValueError(
@@ -482,15 +554,25 @@ def _plan(rule: SamplingRule, budget: jax.Array, window_index: jax.Array) -> jax
     return plan
 
 
+def _budget(rule: SamplingRule, budget: Any, dtype: DTypeLike) -> jax.Array:
+    """The budget of a rule as an array; raises if it is not a scalar."""
+    if jnp.shape(budget):
+        raise ValueError(
+            f'the budget of sampling ({type(rule).__name__}) must be a scalar, got an'
+            f' array of shape {jnp.shape(budget)}.'
+        )
+    return jnp.asarray(budget, dtype)
+
+
 class _Pass(NamedTuple):
-    """One pass over some examples: the loss, None where nobody gives it, and ∇L."""
+    """One pass over some examples: the loss, or None if unknown, and ∇L."""
 
     value: Any
     grads: PyTree
 
 
 class _Sample(NamedTuple):
-    """∇L(w), ∇L(w + ε) and L(w + ε) − L(w) of the same examples, means over devices."""
+    """∇L(w), ∇L(w + ε) and L(w + ε) − L(w) on the same examples, device means."""
 
     grads: PyTree
     sam_grads: PyTree
@@ -498,11 +580,17 @@ class _Sample(NamedTuple):
 
 
 def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
-    """Calls ``grad_fn``, whose gradient looks like ``like``."""
+    """Calls ``grad_fn``, whose gradient must look like ``like``."""
     value, grads, structure = None, grad_fn(params), jax.tree.structure(like)
     if isinstance(grads, tuple) and len(grads) == 2:
-        is_gradient = jax.tree.structure(grads) == structure
-        if not is_gradient and jax.tree.structure(grads[1]) == structure:
+        parts = [jax.tree.structure(x) == structure for x in (grads, *grads)]
+        if parts == [False, True, False]:
+            raise TypeError(
+                'grad_fn must return the gradient, or (value, gradient), got a gradient'
+                ' and something else, as from jax.grad(loss, has_aux=True): return the'
+                ' gradient alone, lambda p: jax.grad(loss, has_aux=True)(p, batch)[0].'
+            )
+        if not parts[0] and parts[2]:
             value, grads = grads
     _checks.same_tree(
         'the result of grad_fn',
@@ -514,8 +602,18 @@ def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
     return _Pass(value, grads)
 
 
+def _check_second(second: PyTree, first: PyTree, params: PyTree) -> None:
+    """Raises if ``grad_fn`` returned the first gradient instead of a second."""
+    if _dependence.is_first_again(second, first, params):
+        raise ValueError(
+            'grad_fn must take the gradient at the parameters that it is given, but'
+            ' returned the first gradient, which does not depend on them. Write'
+            ' grad_fn=lambda p: jax.grad(loss)(p, batch).'
+        )
+
+
 def _rise(first: Any, second: Any) -> jax.Array:
-    """L(w + ε) − L(w), NaN where it is not known."""
+    """L(w + ε) − L(w), or NaN if it is not known."""
     if second is None:
         return jnp.full((), jnp.nan)
     if first is None:
@@ -531,6 +629,12 @@ def _rise(first: Any, second: Any) -> jax.Array:
 
 
 def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, (tuple, list, dict)):
+        raise TypeError(
+            f'{name} must be a real scalar, the loss, got a {type(value).__name__}.'
+            ' jax.value_and_grad(loss, has_aux=True) returns ((loss, aux), gradient):'
+            ' give value=loss, and let grad_fn return (loss, gradient).'
+        )
     if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         raise TypeError(
             f'{name} must be a real scalar, the loss, got an array of shape'
@@ -546,24 +650,28 @@ def _check_update(
     grad_fn: GradFn | None,
     sample: Any,
 ) -> None:
-    """Raises for arguments of ``update`` that cannot be meant."""
+    """Raises for invalid arguments of ``update``."""
     if params is None:
         raise ValueError(
             'params must be the parameters, got None: the second gradient is taken'
             ' at params + ε. Call tx.update(grads, state, params, grad_fn=...).'
         )
+    if not isinstance(state, VSAMState):
+        raise TypeError(_checks.no_state('VSAMState', state))
     if grad_fn is not None:
         _checks.gradient_function('grad_fn', grad_fn, params)
     if grad_fn is None and sample is not False:
         raise ValueError(
             'grad_fn must be a function that maps parameters to the gradient of'
             ' the same mini-batch, got None. Call tx.update(grads, state, params,'
-            ' grad_fn=lambda p: jax.grad(loss)(p, batch)). A wrapper that passes no'
-            ' extra arguments on (optax.lookahead, MultiSteps.gradient_transformation)'
-            ' goes after it, not around it.'
+            ' grad_fn=lambda p: jax.grad(loss)(p, batch)). Did you give one? Then it'
+            " was not passed on. Instead of Flax's TrainState take"
+            ' vsam_jax.linen.TrainState. A wrapper that passes no extra arguments on'
+            ' (optax.lookahead, MultiSteps.gradient_transformation) goes after this'
+            ' method, not around it.'
         )
     _checks.floating_leaves('params', params)
     _checks.same_tree('updates', updates, 'params', params, dtypes=False)
     _checks.floating_leaves('updates', updates)
-    if state.psf is not None:
+    if jax.tree.leaves(state.psf):
         _checks.same_tree('the PSF of state', state.psf, 'params', params, dtypes=False)

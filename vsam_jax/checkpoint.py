@@ -1,27 +1,28 @@
-r"""Checkpoints that know which run they belong to, written and read by orbax.
+r"""Checkpoints that know which run they belong to, written and read by Orbax.
 
-A run that is resumed goes on as if it had not been stopped only if state *and*
-settings are the same. Orbax stores the state, but it casts an array to whatever
-dtype it is asked for, and a seed or a decay leaves no trace in any array. So
-:func:`save` stores the settings and the shapes and dtypes of all arrays beside
-the state, and :func:`restore` refuses a checkpoint in which they differ and
-says where. All else (how many to keep, when to save, asynchronous saving,
-several hosts) is that of the ``CheckpointManager`` that the caller makes.
+A resumed run continues as if it had not stopped only if both state *and* settings are
+the same. Orbax stores the state, but casts an array to whatever dtype you ask for, and
+no array shows the seed or the decay. So :func:`save` also stores the settings, and the
+shapes and dtypes of all arrays. :func:`restore` raises an error if they differ, and
+says where. Everything else (how many checkpoints to keep, when to save, asynchronous
+saving, several hosts) is up to the ``CheckpointManager`` that you create.
 
-*Exactness.* The whole state of a method is arrays, its plan included, and its
-random numbers are a function of the seed and the step. A run that is restored
-in the middle of a window therefore continues bit for bit as the uninterrupted
-one on the CPU, planned (:class:`vsam_jax.PlannedStep`) and traced, if it sees
-the same batches. On a GPU it takes programs that give the same bits twice: the
-same GPU model, number of GPUs and versions of jaxlib, CUDA and cuDNN, and
-``XLA_FLAGS="--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"``, since
-some kernels add in any order, and autotuning may choose other ones in the second
-run. Without the flags a resumed run differs by rounding, and by a different plan
-once a budget near a whole number falls on its other side.
+*Exactness.* The state of a method, including its plan, consists of arrays only. Its
+random numbers are a function of the seed and the step. So on the CPU, a run that is
+restored in the middle of a window continues bit for bit like the uninterrupted one, if
+it sees the same batches. This holds for planned (:class:`vsam_jax.PlannedStep`) and
+traced runs.
 
-*Killed while saving.* Orbax writes a checkpoint under another name, or without
-its mark of success, until it is complete; ``manager.latest_step()`` and
-:func:`restore` see complete ones only.
+On a GPU this requires programs that give the same bits twice: the same GPU model,
+number of GPUs and versions of jaxlib, CUDA and cuDNN, and
+``XLA_FLAGS="--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"``. Some
+kernels add in any order, and autotuning may choose other kernels in the second run.
+Without the flags a resumed run differs by rounding. Its plan differs too, once that
+rounding moves a budget across a whole number.
+
+*Killed while saving.* Until a checkpoint is complete, Orbax writes it under another
+name or without its success marker. ``manager.latest_step()`` and :func:`restore` see
+only complete checkpoints.
 """
 
 import functools
@@ -33,6 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vsam_jax import _checks
+from vsam_jax._state import check_alive
 from vsam_jax._types import PyTree
 
 if TYPE_CHECKING:
@@ -50,16 +53,16 @@ _MAX_LISTED = 8
 
 
 def settings_of(method: Callable[..., Any]) -> dict[str, Any]:
-    """All arguments of a method and their values, those left at default too.
+    """Returns all arguments of a method and their values, defaults included.
 
     Args:
-        method: a function such as :func:`vsam_jax.vsam`, or a ``functools.partial``
-            of one that has all that is set.
+        method: a function such as :func:`vsam_jax.vsam`, or a ``functools.partial`` of
+            one with all arguments that you set.
 
     Returns:
-        The names of the arguments with their values, and ``method``, the name of
-        the function. A value that is a function (a schedule, a callable mask) has
-        to be replaced by a description before it can be stored.
+        A dictionary from argument names to values, with ``method``, the name of the
+        function. Before you store it, replace any value that is a function (a schedule,
+        a callable mask) by a description.
 
     Raises:
         TypeError: if an argument without a default is missing.
@@ -87,26 +90,27 @@ def save(
     config: Mapping[str, Any],
     **options: Any,
 ) -> bool:
-    """Saves a state and the configuration that it belongs to.
+    """Saves a state together with its configuration.
 
     Args:
-        manager: where to; an ``orbax.checkpoint.CheckpointManager``. By default it
-            writes in the background, from a copy: the state may be donated to the next
-            step at once.
+        manager: an ``orbax.checkpoint.CheckpointManager`` of the target directory. By
+            default it writes a copy in the background, so you can donate the state to
+            the next step at once.
         step: the number of the checkpoint.
-        state: any tree of arrays with more to it than one array: a
-            :class:`vsam_jax.linen.TrainState`, ``(params, opt_state)``. PRNG keys are
-            arrays too.
-        config: every setting that decides how the run goes on: JSON values, arrays
+        state: any tree of arrays that is more than a bare array: a
+            :class:`vsam_jax.linen.TrainState`, ``(params, opt_state)``. It may contain
+            PRNG keys.
+        config: every setting that affects how the run continues, as JSON values, arrays
             of real numbers and dtypes. :func:`settings_of` collects those of a method.
         **options: passed on to ``manager.save``, such as ``metrics`` or ``force``.
 
     Returns:
-        Whether the manager saved (it may have a save interval).
+        Whether the manager saved. (It may have a save interval.)
 
     Raises:
-        TypeError: if ``config`` holds something that cannot be stored and compared.
+        TypeError: if ``config`` contains a value that cannot be stored and compared.
         ValueError: if two keys of ``config`` are the same in JSON.
+        RuntimeError: if ``state`` was donated to a step.
 
     Example:
         >>> import functools, tempfile
@@ -133,6 +137,8 @@ def save(
     """
     import orbax.checkpoint as ocp
 
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        check_alive(leaf, f'The state, at {_checks.where(path)},')
     items = {
         _STATE: ocp.args.StandardSave(state),  # pyright: ignore[reportCallIssue]
         _CONFIGURATION: ocp.args.JsonSave(_configuration(config, state)),  # pyright: ignore[reportCallIssue]
@@ -147,16 +153,16 @@ def restore(
     config: Mapping[str, Any],
     step: int | None = None,
 ) -> PyTree:
-    """Restores a state, if it belongs to this configuration.
+    """Restores a state, if its configuration is that of this run.
 
     Args:
         manager: an ``orbax.checkpoint.CheckpointManager`` of the directory.
-        like: a state with the wanted structure: arrays, a new run's first state for
-            instance, or ``jax.ShapeDtypeStruct`` objects. Arrays are restored onto the
-            shardings of ``like`` (:func:`vsam_jax.sharding.state_shardings` gives
-            them), which need not be those that were saved.
-        config: the settings of this run, as :func:`save` was given them.
-        step: which checkpoint, None for the latest.
+        like: a state with the desired structure. Its leaves are arrays (for instance a
+            new run's first state) or ``jax.ShapeDtypeStruct`` objects. Arrays are
+            restored to the shardings of ``like``, which may differ from the saved ones.
+            (:func:`vsam_jax.sharding.state_shardings` returns shardings.)
+        config: the settings of this run, in the form passed to :func:`save`.
+        step: the number of the checkpoint; None for the latest.
 
     Returns:
         A tree like ``like``.
@@ -164,8 +170,8 @@ def restore(
     Raises:
         FileNotFoundError: if there is no complete checkpoint (of that step).
         ValueError: if settings, or structure, shapes or dtypes of the state, differ
-            from those of the checkpoint (the message lists the differences), or if
-            something else than :func:`save` wrote it.
+            from those of the checkpoint (the message lists the differences), or if the
+            checkpoint was not written by :func:`save`.
     """
     import orbax.checkpoint as ocp
 
@@ -208,9 +214,9 @@ def restore(
 
 
 def _configuration(config: Mapping[str, Any], state: PyTree) -> dict[str, Any]:
-    """What is stored beside the arrays, as JSON values."""
+    """The JSON values that are stored with the arrays."""
     if not isinstance(config, Mapping):
-        raise TypeError(f'config must be a mapping, got {config!r}.')
+        raise TypeError(f'config must be a mapping, got {_checks.shown(config)}.')
     arrays = {
         jax.tree_util.keystr(path): _array_type(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -220,13 +226,13 @@ def _configuration(config: Mapping[str, Any], state: PyTree) -> dict[str, Any]:
 
 def _array_type(x: Any) -> str:
     """Dtype and shape, such as ``float32[3,4]``."""
-    # A counter that starts as a Python number comes back from a step as an array.
+    # A step returns a counter that starts as a Python number as an array.
     dtype = x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
     return f'{dtype}[{",".join(map(str, getattr(x, "shape", ())))}]'
 
 
 def _plain(where: str, value: Any) -> Any:
-    """``value`` as JSON gives it back, or an error that says where it cannot be."""
+    """``value`` as JSON would return it; raises, with the place, if it cannot."""
     if isinstance(value, Mapping):
         plain = {str(k): _plain(f'{where}[{k!r}]', v) for k, v in value.items()}
         if len(plain) < len(value):
@@ -239,30 +245,31 @@ def _plain(where: str, value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     is_array = isinstance(value, (np.ndarray, np.generic, jax.Array))
-    # NumPy knows bfloat16 for no number, and JAX keys for no NumPy array.
+    # To NumPy bfloat16 is not a number, and JAX keys are not NumPy arrays.
     if is_array and any(
         jnp.issubdtype(value.dtype, kind)
         for kind in (jnp.bool_, jnp.integer, jnp.floating)
     ):
         return value.tolist()
-    # NumPy makes a dtype of more than dtypes: of any class that of objects.
+    # NumPy turns any other class into the dtype of objects.
     scalars = (np.generic, bool, int, float, complex)
     is_scalar = isinstance(value, type) and issubclass(value, scalars)
     if is_scalar or isinstance(value, (np.dtype, type(jnp.float32))):
         return jnp.dtype(value).name
     raise TypeError(
         f'{where} must be a JSON value, an array of real numbers or a dtype, so that it'
-        f' can be stored and compared, got {value!r}. Describe a function or a class by'
-        " its name and numbers, such as 'cosine from 0.05 to 0 in 1000 steps'."
+        f' can be stored and compared, got {_checks.shown(value)}. Describe a function'
+        " or a class by its name and numbers, such as 'cosine from 0.05 to 0 in 1000"
+        " steps'."
     )
 
 
 def _differences(where: str, found: Any, wanted: Any) -> list[str]:
-    """What differs between two JSON values, one line each."""
+    """The differences between two JSON values, one line each."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         lines = []
         for key in [*found, *(key for key in wanted if key not in found)]:
-            # Paths into the state come with their own brackets.
+            # Paths into the state have their own brackets.
             here = where + (key if where == 'state' else f'[{key!r}]')
             if key not in wanted:
                 lines.append(f'{here} is in the checkpoint alone')
@@ -278,4 +285,5 @@ def _differences(where: str, found: Any, wanted: Any) -> list[str]:
     both_nan = found != found and wanted != wanted
     if found == wanted or both_nan:
         return []
-    return [f'{where} is {found!r} in the checkpoint, {wanted!r} in this run']
+    found, wanted = (_checks.shown(x) for x in (found, wanted))
+    return [f'{where} is {found} in the checkpoint, {wanted} in this run']

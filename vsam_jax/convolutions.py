@@ -1,27 +1,27 @@
-"""Convolutions as XLA's CPU backend runs them fast.
+"""Rewrites convolutions into the form that XLA's CPU backend runs fast.
 
-*In one order.* That backend has fast kernels for convolutions whose dimensions come
-in one order (batch, space, channels; kernels as space, channels in, channels out). A
-pass of its compiler transposes operands until they do, but in the outermost
-computation alone: in a branch or in the body of a loop gradients of kernels, whose
-dimensions come in another order, stay on loops that are far slower. Here
-they are transposed everywhere.
+*Dimension order.* The CPU backend has fast kernels for convolutions with one order of
+dimensions (batch, space, channels; kernels as space, channels in, channels out). A
+compiler pass transposes operands into that order, but only in the outermost
+computation. The gradient of a kernel has another order. In a branch or in the body of
+a loop it therefore runs in much slower loops. This module transposes it everywhere.
 
-*In portions.* The gradient of a kernel is a sum over all examples and places, taken by
-a convolution whose operands are transposed from the first to the last dimension. Whole
-mini-batches do not fit into the caches for that; some examples at a time do.
+*Portions.* The gradient of a kernel is a sum over all examples and places. A
+convolution computes it, whose operands are transposed from the first to the last
+dimension. Whole mini-batches do not fit in the caches for that, but a few examples at
+a time do.
 
 *The switch.* The environment variable ``VSAM_JAX_CONVOLUTIONS`` turns both off (``0``)
-and on (``1``, the default).
+or on (``1``, the default).
 
-*The fallback.* Programs are rewritten as jaxprs, of which JAX promises little from one
-version to the next. A jaxpr that this module cannot rewrite is left alone: the function
-runs as it was written, and the process warns once. The tests of this module were run
-with jax 0.10.2 (Python 3.11) and 0.12.0.1 (Python 3.12).
+*The fallback.* Programs are rewritten as jaxprs, whose form JAX does not guarantee
+between versions. If this module cannot rewrite a jaxpr, the function runs as written,
+and the process warns once. The tests of this module were run with jax 0.10.2
+(Python 3.11) and 0.12.0.1 (Python 3.12).
 """
 
-# Annotations that are not evaluated: a name that jax.extend loses must not keep this
-# module from being imported.
+# Annotations are not evaluated, so that this module can be imported even if jax.extend
+# loses a name.
 from __future__ import annotations
 
 import functools
@@ -49,41 +49,40 @@ _VARIABLE = 'VSAM_JAX_CONVOLUTIONS'
 def canonical(
     function: Callable[P, T], *, enabled: bool | None = None
 ) -> Callable[P, T]:
-    """The same function; its convolutions are those that the CPU is fast at.
+    """Returns the same function with convolutions that run fast on the CPU.
 
-    The functions of this package that build training steps wrap gradients by
-    themselves, and so does a conditional that chooses whether a step is sampled. This
-    is for gradients of one's own, ``canonical(jax.grad(loss))``, above all in the
-    bodies of ``lax.scan``, ``lax.cond`` and the like: many training steps in one
-    ``lax.scan``, say.
+    Take it for your own gradients on the CPU, as ``canonical(jax.grad(loss))``. It
+    matters most in the bodies of ``lax.scan``, ``lax.cond`` and the like, for instance
+    with many training steps in one ``lax.scan``. The step builders of this package wrap
+    gradients already. So does the conditional that chooses whether a step is sampled.
 
     Args:
-        function: of pytrees of arrays, which it does not change in place (split an
-            module of NNX before). What it calls, and what ``jax.grad`` and its
-            relatives make inside of it, is rewritten too; a gradient that is taken of
-            the result is not, so wrap last.
-        enabled: whether convolutions are rewritten. None, the default, follows the
-            environment variable ``VSAM_JAX_CONVOLUTIONS``: ``1`` or not set for yes,
-            ``0`` for no. It is read whenever the function is called or traced; a
-            program that ``jax.jit`` has compiled stays what it is.
+        function: a function of pytrees of arrays that changes none in place (split an
+            NNX module first). The rewriting covers everything inside it, such as calls
+            and ``jax.grad``. It does not cover a gradient taken of the result, so wrap
+            last.
+        enabled: whether to rewrite convolutions. None, the default, follows the
+            environment variable ``VSAM_JAX_CONVOLUTIONS``: ``1`` or unset means yes,
+            ``0`` means no. It is read whenever the function is called or traced. A
+            program that ``jax.jit`` has compiled does not change.
 
     Returns:
-        A function with the same values, to rounding. Gradients of kernels are summed
-        in portions of the mini-batch, as many examples at a time as the caches of the
-        cores hold, where there is one device (what is spread over several is not cut),
-        results are float32 or float64, and channels are not in groups. On other
-        backends, and outside of ``jax.jit`` and other transformations that trace, it
-        calls ``function``. (A program that is exported for another platform is traced
-        on this one, and rewritten.)
+        A function with the same values, up to rounding. It sums gradients of kernels in
+        portions of the mini-batch, as many examples at a time as the caches of the
+        cores hold. It does so only with one device (an array spread over several is not
+        cut), for float32 or float64 results, and without groups of channels. On other
+        backends, and outside ``jax.jit`` and other tracing transformations, it just
+        calls ``function``. (A program exported for another platform is traced on this
+        one, and rewritten.)
 
-        Where the program of ``function`` cannot be rewritten, ``function`` is called
-        once more and stays as it is. The first time in a process that this happens it
-        gives a ``RuntimeWarning``. What ``function`` raises by itself is passed on.
+        If the program of ``function`` cannot be rewritten, ``function`` is called again
+        and runs unchanged. The first time this happens in a process, it issues a
+        ``RuntimeWarning``. Errors raised by ``function`` itself are passed on.
 
     Raises:
-        TypeError: if ``enabled`` is neither a bool nor None. From the result, when it
-            is called with an object of NNX, such as a module, whatever the switch says.
-        ValueError: from the result, if ``VSAM_JAX_CONVOLUTIONS`` is needed and neither
+        TypeError: if ``enabled`` is neither a bool nor None. From the result: if you
+            call it with an NNX object, such as a module, whatever the switch says.
+        ValueError: from the result, if ``VSAM_JAX_CONVOLUTIONS`` is used and is neither
             ``0`` nor ``1``.
 
     Example:
@@ -102,7 +101,7 @@ def canonical(
     def rewritten(*args: P.args, **kwargs: P.kwargs) -> T:
         _check_pure(args, kwargs)
         is_enabled = _is_enabled() if enabled is None else enabled
-        # Not before it is called: to ask for the backend starts it.
+        # Only when called, because asking for the backend starts it.
         if not is_enabled or not _is_tracing() or jax.default_backend() != 'cpu':
             return function(*args, **kwargs)
         arrays, merge = _split((args, kwargs))
@@ -115,7 +114,7 @@ def canonical(
             outputs, merge_result = _split(result)
             return outputs
 
-        # What this raises are errors of the function itself.
+        # Errors raised here are those of the function itself.
         program = jax.make_jaxpr(of_arrays)(*arrays)
         fast = _rewrite(program, arrays)
         if fast is None:
@@ -139,16 +138,16 @@ def _is_enabled() -> bool:
 def _rewrite(
     program: core.ClosedJaxpr, arrays: Sequence[jax.Array]
 ) -> Callable[..., list[jax.Array]] | None:
-    """The program as a function, with other convolutions.
+    """Returns the program as a function, with rewritten convolutions.
 
     Args:
-        program: the one to rewrite.
+        program: the program to rewrite.
         arrays: its arguments.
 
     Returns:
-        A function of the arguments. It has been traced once, apart from what is being
-        traced now, in which nothing has been written down. None, after a warning, for
-        a program that cannot be rewritten.
+        A function of the arguments. It has been traced once on its own, without a
+        trace in the program that is being traced now. None, after a warning, if the
+        program cannot be rewritten.
     """
     try:
         rewritten = _in_closed(program, {})
@@ -156,14 +155,14 @@ def _rewrite(
         if rewritten is program:  # There was nothing to rewrite.
             return fast
         _check_types(jax.make_jaxpr(fast)(*arrays).out_avals, program.out_avals)
-    except Exception as error:  # Whatever a version of jax may raise.
+    except Exception as error:  # A version of jax may raise anything.
         _warn_once(error)
         return None
     return fast
 
 
 def _check_types(found: Sequence[Any], expected: Sequence[Any]) -> None:
-    """Raises an error if types (shapes, dtypes, shardings) are not those expected."""
+    """Raises if types (shapes, dtypes, shardings) are not the expected ones."""
     if list(found) != list(expected):
         raise TypeError(f'types {list(expected)} became {list(found)}')
 
@@ -172,7 +171,7 @@ _has_warned = False
 
 
 def _warn_once(error: Exception) -> None:
-    """Warns of the first program in a process that could not be rewritten."""
+    """Warns about the first program in a process that could not be rewritten."""
     global _has_warned
     if _has_warned:
         return
@@ -180,8 +179,8 @@ def _warn_once(error: Exception) -> None:
     warnings.warn(
         'vsam_jax.convolutions could not rewrite a program for the CPU, and uses it as'
         f' it is: {type(error).__name__}: {error} (jax {jax.__version__}). Values are'
-        ' the same; convolutions in branches and loops may be slow. This is said once.'
-        f' To silence it set the environment variable {_VARIABLE}=0, or pass'
+        ' the same; convolutions in branches and loops may be slow. This warning comes'
+        f' once. To silence it set the environment variable {_VARIABLE}=0, or pass'
         ' enabled=False to canonical.',
         RuntimeWarning,
         stacklevel=4,  # Where the wrapped function is called.
@@ -189,13 +188,13 @@ def _warn_once(error: Exception) -> None:
 
 
 def _is_tracing() -> bool:
-    """Whether operations are written down here, rather than run one by one."""
+    """Whether operations are being traced, rather than run one by one."""
     return isinstance(lax.full((), 0.0), Tracer)
 
 
 def _check_pure(args: Any, kwargs: Any) -> None:
-    # Modules, optimizers, metrics, streams of random numbers. Who has one has imported
-    # Flax, which this module does not need.
+    # Modules, optimizers, metrics, random-number streams. A caller who has one has
+    # imported Flax, so this module need not import it.
     kind = getattr(sys.modules.get('flax.nnx'), 'Pytree', None)
     if kind is None:
         return
@@ -210,15 +209,15 @@ def _check_pure(args: Any, kwargs: Any) -> None:
 
 
 def _split(tree: Any) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Any]]:
-    """The traced arrays in a tree, and what puts others into their places.
+    """The traced arrays in a tree, and a function that puts others in their places.
 
-    Whatever else there is stays what it is: strings, Python numbers, and arrays with
-    values, by which a function may decide what to do.
+    Everything else stays as it is: strings, Python numbers, and arrays with known
+    values, on which a function may branch.
     """
     leaves, structure = jax.tree.flatten(tree)
     is_array = [isinstance(x, Tracer) and isinstance(x, jax.Array) for x in leaves]
     arrays = [x for x, is_one in zip(leaves, is_array, strict=True) if is_one]
-    # No array outlives the call in it: it may be traced.
+    # Keeps no array in the closure beyond the call, since it may be traced.
     others = [None if is_one else x for x, is_one in zip(leaves, is_array, strict=True)]
 
     def merge(arrays: Sequence[jax.Array]) -> Any:
@@ -232,8 +231,8 @@ def _split(tree: Any) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], 
     return arrays, merge
 
 
-# Programs by the identity of those that they stand for, so that what is shared stays
-# shared, and is compiled once.
+# Maps the id of a program to its rewritten form, so that shared programs stay shared
+# and are compiled once.
 _Memo = dict[int, Any]
 
 
@@ -246,7 +245,7 @@ def _in_closed(program: core.ClosedJaxpr, memo: _Memo) -> core.ClosedJaxpr:
 
 
 def _in_jaxpr(program: core.Jaxpr, memo: _Memo) -> core.Jaxpr:
-    """The program with other convolutions, also in programs inside of it."""
+    """The program with rewritten convolutions, also in programs inside it."""
     if id(program) not in memo:
         equations = []
         for equation in program.eqns:
@@ -263,7 +262,7 @@ def _in_jaxpr(program: core.Jaxpr, memo: _Memo) -> core.Jaxpr:
 
 
 def _in_any(x: Any, memo: _Memo) -> Any:
-    """A parameter of an equation; programs may lie in tuples, as those of ``cond``."""
+    """A rewritten parameter of an equation; ``cond`` has tuples of programs."""
     if isinstance(x, core.ClosedJaxpr):
         return _in_closed(x, memo)
     if isinstance(x, core.Jaxpr):
@@ -275,15 +274,15 @@ def _in_any(x: Any, memo: _Memo) -> Any:
 
 
 def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
-    """Equations that do what that of a convolution does, in the fast order.
+    """Equations that compute the same convolution in the fast dimension order.
 
-    A gradient of a kernel never has it as JAX makes it.
+    JAX never creates the gradient of a kernel in that order.
     """
     given = equation.params['dimension_numbers']
     number = len(given.lhs_spec)
     space = tuple(range(1, number - 1))
-    # JAX names the dimensions of batch (of outputs, for kernels), then channels (of
-    # inputs), then space.
+    # A spec lists the dimensions of batch (for kernels, outputs), then channels (for
+    # kernels, inputs), then space.
     fast = lax.ConvDimensionNumbers(
         lhs_spec=(0, number - 1, *space),
         rhs_spec=(number - 1, number - 2, *range(number - 2)),
@@ -309,10 +308,10 @@ def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
 
     examples = _portion(equation)
     run = convolve if examples is None else _in_portions(convolve, examples)
-    with equation.ctx.manager:  # Of the mesh, for one.
+    with equation.ctx.manager:  # For instance, the mesh.
         closed = jax.make_jaxpr(run)(*(x.aval for x in equation.invars))
-    # Apart from the axes that a value inside of shard_map varies over: JAX keeps them
-    # only while it traces one, and finds them anew when it does so again.
+    # Does not compare the axes that a value inside shard_map varies over: JAX keeps
+    # them only while it traces shard_map, and infers them again the next time.
     typed = lambda x: (x.shape, x.dtype, x.weak_type, x.sharding)
     _check_types(
         [typed(x) for x in closed.out_avals], [typed(x.aval) for x in equation.outvars]
@@ -320,7 +319,7 @@ def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
     if closed.consts:
         raise NotImplementedError('a convolution became one with constants')
     inside = closed.jaxpr
-    # Its equations, between the variables of the one that they stand for.
+    # Its equations, with the variables of the equation that they replace.
     names = dict(zip(inside.invars, equation.invars, strict=True))
     names |= dict(zip(inside.outvars, equation.outvars, strict=True))
     renamed = lambda xs: [
@@ -337,40 +336,40 @@ def _transposed(equation: core.JaxprEqn) -> list[core.JaxprEqn]:
     ]
 
 
-# What a core keeps close to it, in bytes. Half and twice as much were within a few
-# percent where it was measured.
+# The cache of a core, in bytes. Half and twice as much differed by only a few percent
+# where this was measured.
 _CACHE = 2**20
 
 
 def _cache() -> int | None:
-    """Bytes of operands that are worth a portion, None for no portions."""
+    """How many bytes of operands a portion holds; None for no portions."""
     if jax.device_count() > 1:
-        return None  # The examples may be spread over them.
-    # Not all cores of a machine need be this process's.
+        return None  # The examples may be spread over the devices.
+    # This process may be limited to some cores of the machine.
     affinity = getattr(os, 'sched_getaffinity', None)
     return _CACHE * (len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 def _portion(equation: core.JaxprEqn) -> int | None:
-    """How many examples to take at a time in the gradient of a kernel.
+    """How many examples to process at a time in the gradient of a kernel.
 
-    None stands for all of them, and for convolutions of another kind.
+    None means all of them. It is also returned for other convolutions.
     """
     cache, params = _cache(), equation.params
-    # Typed as any variable's; those of a convolution are arrays.
+    # Their avals have a general type, but those of a convolution are arrays.
     variables: list[Any] = [*equation.invars, *equation.outvars]
     inputs, kernel, outputs = (x.aval for x in variables)
     given = params['dimension_numbers']
     if (
         cache is None
-        # The sum is over the first axis of both, as that over examples is.
+        # A sum over examples is one over the first axis of both.
         or (given.lhs_spec[1], given.rhs_spec[1]) != (0, 0)
         or params['feature_group_count'] > 1
         or params['batch_group_count'] > 1
         # The sum is kept in the dtype of the result.
         or outputs.dtype not in (jnp.float32, jnp.float64)
-        # Of an axis that a type says is sharded nothing is cut, of a symbolic one
-        # nothing is known.
+        # An axis whose type says that it is sharded cannot be cut, and the size of a
+        # symbolic axis is unknown.
         or not all(
             x.sharding.mesh.empty or x.sharding.mesh.are_all_axes_auto
             for x in (inputs, kernel)
@@ -381,7 +380,7 @@ def _portion(equation: core.JaxprEqn) -> int | None:
     examples = inputs.shape[0]
     read = _num_bytes(inputs) + _num_bytes(kernel)
     number = min(-(-read // cache), examples)
-    # To add to a sum as large as what is summed takes longer than is won.
+    # Adding to a sum as large as the operands would cost more time than it saves.
     if number < 2 or _num_bytes(outputs) * number > read:
         return None
     return -(-examples // number)
@@ -394,11 +393,11 @@ def _num_bytes(x: Any) -> int:
 def _in_portions(
     convolve: Callable[[jax.Array, jax.Array], jax.Array], examples: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The same sum over the first axis of both arguments, some at a time.
+    """The same sum over the first axis of both arguments, some examples at a time.
 
     Args:
         convolve: maps inputs and kernel to their convolution.
-        examples: how many at a time.
+        examples: how many examples at a time.
 
     Returns:
         A function of the same arguments.
@@ -420,10 +419,10 @@ def _in_portions(
 
 
 def _move(x: jax.Array, old: Sequence[int], new: Sequence[int]) -> jax.Array:
-    """Brings dimensions from the places ``old`` to the places ``new``."""
+    """Moves dimensions from the places ``old`` to the places ``new``."""
     return lax.transpose(x, _places(old, new))
 
 
 def _places(old: Sequence[int], new: Sequence[int]) -> list[int]:
-    """For each place of the new order, which of the old one it comes from."""
+    """For each place in the new order, its place in the old order."""
     return [old[new.index(place)] for place in range(len(new))]

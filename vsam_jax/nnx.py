@@ -1,9 +1,9 @@
-"""Flax NNX: the second gradient for loops by hand, and a step that is built.
+"""Flax NNX: the second gradient for handwritten loops, and a step builder.
 
 The second pass runs on a copy of the model, made from the arrays before the first
-pass: it draws the same dropout mask, and what it does to BatchNorm's running
-statistics and to random-number counters is thrown away with the copy. A copy is
-also what a conditional needs, inside which no outer module may be changed.
+pass. So it draws the same dropout mask. Its changes to BatchNorm's running statistics
+and to random-number counters are discarded with the copy. A conditional needs such a
+copy too, since it must not change a module from outside.
 """
 
 from collections.abc import Callable
@@ -14,25 +14,25 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from vsam_jax import _collectives
-from vsam_jax._step import Builder, takes_extra_args
+from vsam_jax import _checks, _collectives, _portions
+from vsam_jax._step import Builder, of_two, takes_extra_args
 from vsam_jax._types import PyTree
 
 __all__ = ['Optimizer', 'make_train_step', 'value_and_grad']
 
 
 class Optimizer(nnx.Optimizer):
-    """Flax's optimizer, with the loss scale that :func:`make_train_step` looks at.
+    """Flax's optimizer with a loss scale for :func:`make_train_step`.
 
-    Only needed for computing in float16; all else takes an ``nnx.Optimizer``.
+    You need it only for float16 computation. Otherwise use ``nnx.Optimizer``.
 
     Attributes:
         dynamic_scale: Flax's ``DynamicScale`` with variables for its arrays, or None.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         tx: the optimizer, such as ``chain(vsam(...), sgd(...))``.
-        wrt: which variables are parameters, a filter of NNX.
+        wrt: an NNX filter that selects the parameters among the variables.
         dynamic_scale: a ``flax.training.dynamic_scale.DynamicScale``, or None.
 
     Example:
@@ -57,7 +57,7 @@ class Optimizer(nnx.Optimizer):
     ):
         super().__init__(model, tx, wrt=wrt)
         if dynamic_scale is not None:
-            # Strong types from the start: others would compile the step twice.
+            # Strong types from the start: weak types would compile the step twice.
             dynamic_scale = dynamic_scale.replace(
                 fin_steps=nnx.Variable(jnp.asarray(dynamic_scale.fin_steps, jnp.int32)),
                 scale=nnx.Variable(jnp.asarray(dynamic_scale.scale, jnp.float32)),
@@ -70,29 +70,37 @@ def value_and_grad(
     *,
     argnums: int | nnx.DiffState = 0,
     has_aux: bool = False,
+    psf_share: float = 1,
 ) -> Callable[..., Any]:
-    """As ``nnx.value_and_grad``; the result is the ``grad_fn`` of an update as well.
+    """Like ``nnx.value_and_grad``, but the result also serves as ``grad_fn``.
 
-    Called with a model it takes the first pass, as Flax's own does. Called with
-    parameters, as ``optimizer.update`` calls its ``grad_fn``, it takes the second
-    pass of that call: the same arguments and the same random numbers, on a copy of all
-    modules as they were before the first pass. It is that of the *latest* call with a
-    model: evaluate with another function.
+    Take it for a training loop that you write yourself. Call the result with a model
+    for the first pass, as with Flax's function. Then pass it to ``optimizer.update`` as
+    ``grad_fn``, which calls it with parameters for the second pass. That pass repeats
+    the *latest* call with a model: the same arguments and random numbers, on a copy of
+    all modules as they were before the first pass. So use another function for
+    evaluation.
 
     Args:
-        f: the loss, a function of the model and of anything else.
-        argnums: which argument is the model, or an ``nnx.DiffState`` of its place and
-            a filter; with a number the parameters are those of type ``nnx.Param``.
-            They must be those that the optimizer is for.
-        has_aux: whether ``f`` returns a pair, of the loss and anything else.
+        f: the loss, a function of the model and any other arguments.
+        argnums: the index of the model among the arguments, or an ``nnx.DiffState`` of
+            that index and a filter. With an index, the parameters are the variables of
+            type ``nnx.Param``. They must be the parameters of the optimizer.
+        has_aux: whether ``f`` returns a pair of the loss and something else.
+        psf_share: 1/k computes the gradients for the PSF on every k-th example of all
+            arrays among the other arguments, along their leading axis. In that case
+            pass the result to ``optimizer.update`` as ``psf_grad_fn``, not as
+            ``grad_fn``.
 
     Returns:
-        A function of the arguments of ``f`` that returns ``(value, grads)``; after
-        that, as a function of parameters alone, it returns gradients.
+        A function that takes the arguments of ``f`` and returns ``(value, grads)``.
+        Called afterwards with parameters alone, it returns gradients.
 
     Raises:
-        TypeError: for several ``argnums``; from a call with parameters before one
-            with a model.
+        TypeError: for several ``argnums``, or from a call with parameters before any
+            call with a model.
+        ValueError: for a ``psf_share`` that is not 1/k, or does not divide an axis;
+            from ``update`` if the result is passed as ``grad_fn`` with such a share.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsam_jax
@@ -114,19 +122,23 @@ def value_and_grad(
         True
     """
     if not callable(f):
-        raise TypeError(f'f must be a function of a model, got {f!r}.')
+        raise TypeError(f'f must be a function of a model, got {_checks.shown(f)}.')
     if not isinstance(argnums, (int, nnx.DiffState)):
         raise TypeError(
             'argnums must be the place of the one model that is trained, an integer or'
-            f' an nnx.DiffState, got {argnums!r}.'
+            f' an nnx.DiffState, got {_checks.shown(argnums)}.'
         )
-    return _TwoPasses(f, argnums, has_aux)
+    return _TwoPasses(f, argnums, has_aux, psf_share)
 
 
 class _TwoPasses:
     """See :func:`value_and_grad`."""
 
-    def __init__(self, f: Any, argnums: int | nnx.DiffState, has_aux: bool):
+    def __init__(
+        self, f: Any, argnums: int | nnx.DiffState, has_aux: bool, psf_share: float
+    ):
+        self._parts = _portions.parts_of(psf_share)
+        self.psf_share = psf_share
         self._first = nnx.value_and_grad(f, argnums=argnums, has_aux=has_aux)
         self._second = nnx.grad(f, argnums=argnums, has_aux=has_aux)
         self._place = argnums if isinstance(argnums, int) else argnums.argnum
@@ -135,7 +147,7 @@ class _TwoPasses:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != 1 or _holds_objects(args[0]):
-            # Arrays, because the second pass may stand in a conditional.
+            # Arrays, because the second pass may run inside a conditional.
             graphdef, state = nnx.split((args, kwargs))
             self._before = graphdef, nnx.as_pure(state)
             return self._first(*args, **kwargs)
@@ -148,8 +160,20 @@ class _TwoPasses:
         (params,) = args
         args, kwargs = nnx.merge(*self._before)
         nnx.update(args[self._place], params)
+        if self._parts > 1:
+            data: list[Any] = list(args)
+            data[self._place] = None
+            data, kwargs = self._slice_of((data, kwargs))
+            data[self._place], args = args[self._place], tuple(data)
         result = self._second(*args, **kwargs)
         return nnx.as_pure(result[0] if self._has_aux else result)
+
+    def _slice_of(self, data: Any) -> Any:
+        leaves, structure = jax.tree.flatten(data, is_leaf=_is_object)
+        arrays = [x for x in leaves if not _is_object(x)]
+        _portions.check_examples('psf_share', arrays)
+        cut = iter(_portions.slice_of(arrays, self._parts))
+        return structure.unflatten(x if _is_object(x) else next(cut) for x in leaves)
 
 
 def _holds_objects(tree: Any) -> bool:
@@ -168,35 +192,38 @@ def make_train_step(
     per_device: bool = False,
     psf_share: float = 1,
 ) -> Callable[..., Any]:
-    """Builds the training step of an NNX model from a loss that is written once.
+    """Builds a training step for an NNX model from a loss function.
+
+    You write the loss once; the step runs it for both gradients.
 
     Args:
-        loss_fn: ``loss_fn(model, batch) -> (loss, aux)`` runs the model, which is in
-            training mode, on one mini-batch and may change its variables (BatchNorm,
-            Rngs) and make new ones. Other attributes that it sets are lost. Modules
-            and streams of random numbers may stand in ``batch`` too; both passes see
-            them as they were, and what the first does to them is kept.
-        num_micro_batches: gradient accumulation, as in
+        loss_fn: ``loss_fn(model, batch) -> (loss, aux)`` runs the model, in training
+            mode, on one mini-batch. It may change variables of the model (BatchNorm,
+            Rngs) and create new ones. Other attributes that it sets are lost. ``batch``
+            may contain modules and random-number streams too: both passes see them as
+            they were, and the changes of the first pass are kept.
+        num_micro_batches: the number of micro-batches for gradient accumulation, as in
             :func:`vsam_jax.linen.make_train_step`.
-        axis_name: the mapped axis over the devices, as there: gradients and the model's
-            floating-point variables (running statistics) are averaged over it, and
-            streams of random numbers differ between the devices.
-        per_device: only with ``axis_name``: whether each device has a perturbation of
-            its own, see :func:`vsam_jax.vsam`.
+        axis_name: the mapped axis over the devices, as in
+            :func:`vsam_jax.linen.make_train_step`. Gradients and the model's
+            floating-point variables (running statistics) are averaged over it.
+            Random-number streams differ between the devices.
+        per_device: whether each device makes its own perturbation, see
+            :func:`vsam_jax.vsam`. Needs ``axis_name``.
         psf_share: the share of the mini-batch on which a sampled step measures the
             PSF, as in :func:`vsam_jax.linen.make_train_step`.
 
     Returns:
-        ``train_step(model, optimizer, batch, *, sample=None) -> aux``, not jitted.
-        It updates ``model`` and the ``nnx.Optimizer`` in place; ``aux`` comes from
-        the first pass. Jit it, ``nnx.jit(train_step)``, or plan it,
-        ``vsam_jax.PlannedStep(nnx.jit(train_step))``. It works with any optax
-        optimizer. It raises a ``ValueError`` for ``optax.MultiSteps`` around a method
-        of this package.
+        ``train_step(model, optimizer, batch, *, sample=None) -> aux``. It updates
+        ``model`` and the ``nnx.Optimizer`` in place; ``aux`` comes from the first pass.
+        It is not jitted: use ``nnx.jit(train_step)``, or
+        ``vsam_jax.PlannedStep(nnx.jit(train_step))`` to run it planned. It works with
+        any optax optimizer. It raises a ``ValueError`` for ``optax.MultiSteps`` around
+        a method of this package.
 
-        With a ``dynamic_scale`` in an :class:`Optimizer` both passes scale the loss
-        with it, and an overflow is treated as in
-        :func:`vsam_jax.linen.make_train_step`; streams of random numbers go on.
+        If an :class:`Optimizer` has a ``dynamic_scale``, both passes scale the loss
+        with it. An overflow is handled as in :func:`vsam_jax.linen.make_train_step`,
+        but random-number streams advance.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsam_jax
@@ -224,11 +251,14 @@ def make_train_step(
         >>> int(optimizer.step[...]), metrics['loss'].shape
         (3, ())
     """
+    if not callable(loss_fn):
+        raise TypeError(f'loss_fn must be a function, got {_checks.shown(loss_fn)}.')
     builder = Builder(num_micro_batches, axis_name, per_device, psf_share)
 
     def train_step(
         model: Any, optimizer: nnx.Optimizer, batch: Any, *, sample: Any = None
     ) -> Any:
+        _check_arguments(model, optimizer)
         view = _View(model, optimizer.wrt, batch, builder)
         dynamic_scale = nnx.as_pure(getattr(optimizer, 'dynamic_scale', None))
         opt_state = nnx.as_pure(optimizer.opt_state)
@@ -257,14 +287,28 @@ def make_train_step(
     return train_step
 
 
+def _check_arguments(model: Any, optimizer: Any) -> None:
+    if not isinstance(optimizer, nnx.Optimizer):
+        raise TypeError(
+            'optimizer must be an nnx.Optimizer, made by nnx.Optimizer(model, tx,'
+            f' wrt=nnx.Param), got {_checks.kind(optimizer)}: the step is'
+            ' train_step(model, optimizer, batch).'
+        )
+    if isinstance(model, nnx.Optimizer):
+        raise TypeError(
+            'model must be a module, got an nnx.Optimizer: the step is'
+            ' train_step(model, optimizer, batch).'
+        )
+
+
 class _View:
-    """Model and mini-batch as arrays, and the way back.
+    """Turns model and mini-batch into arrays and back.
 
     Attributes:
-        params: what is trained, a state of NNX.
-        others: all other variables, of the modules in the mini-batch too.
+        params: the trained parameters, an NNX state.
+        others: all other variables, including those of modules in the mini-batch.
         arrays: the mini-batch's arrays.
-        before: parameters and other variables as they were, without random numbers.
+        before: parameters and other variables before the step, without random numbers.
     """
 
     def __init__(self, model: Any, wrt: Any, batch: Any, builder: Builder):
@@ -280,10 +324,10 @@ class _View:
         )
         # The model's own, as the optimizer sees them.
         self.params = params.get(0, nnx.State({}))
-        # Arrays: the variables of a split may be the modules' own, which change.
+        # Arrays, since nnx.split may return the modules' own variables, which change.
         self.before = self.values()
         self._axes = builder.axes
-        # With the types of variables, also of those that the loss function makes.
+        # Has the types of variables, also of those that the loss function creates.
         self._structure = jax.tree.structure(self.others)
 
     def pure_loss(self, loss_fn: Any) -> Any:
@@ -296,8 +340,9 @@ class _View:
             modules = nnx.merge(self._graphdef, nnx.State({0: params}), others)
             model, objects = modules
             keys = _own_streams(modules, self._axes)
-            loss, aux = loss_fn(model, self._merged(objects, arrays))
-            nnx.update(modules, keys)  # All devices' again.
+            result = loss_fn(model, self._merged(objects, arrays))
+            loss, aux = of_two('the result of loss_fn', result, '(loss, aux)')
+            nnx.update(modules, keys)  # The same on all devices again.
             changed = nnx.split(modules, self._is_param, ...)[2]
             self._structure = jax.tree.structure(changed)
             return loss, (nnx.as_pure(changed), aux)
@@ -305,33 +350,33 @@ class _View:
         return pure_loss
 
     def _merged(self, objects: Any, arrays: Any) -> Any:
-        """The mini-batch with objects and arrays in their places."""
+        """Puts objects and arrays back in their places in the mini-batch."""
         given = iter(objects), iter(arrays)
         leaves = [next(given[0 if is_one else 1]) for is_one in self._places]
         return jax.tree.unflatten(self._batch, leaves)
 
     def write_back(self, collections: PyTree) -> None:
-        """Gives the modules what the first pass left in their variables."""
+        """Writes the variables that the first pass changed into the modules."""
         changed = jax.tree.unflatten(self._structure, jax.tree.leaves(collections))
         nnx.update(self._modules, changed)
 
     def gradients(self, grads: PyTree) -> nnx.State:
-        """Gradients as the optimizer picks them: by the types of their variables."""
+        """Gradients with variable types, by which the optimizer selects them."""
         structure = jax.tree.structure(self.params)
         return jax.tree.unflatten(structure, jax.tree.leaves(grads))
 
     def values(self) -> PyTree:
-        """Parameters and other variables as they are now, without random numbers."""
+        """The current parameters and other variables, without random numbers."""
         state = nnx.state(self._modules, nnx.Not(nnx.RngState))
         return nnx.as_pure(state)
 
     def take(self, values: PyTree) -> None:
-        """Gives the modules such values."""
+        """Writes such values into the modules."""
         nnx.update(self._modules, values)
 
 
 def _own_streams(modules: Any, axes: _collectives.Axes) -> nnx.State:
-    """Makes streams of random numbers differ between devices; returns their keys."""
+    """Makes random streams differ between devices; returns their original keys."""
     keys = nnx.as_pure(nnx.state(modules, nnx.RngKey)) if axes else nnx.State({})
 
     def own(key: jax.Array) -> jax.Array:
@@ -349,10 +394,10 @@ def _settle(
     opt_state: PyTree,
     dynamic_scale: Any,
 ) -> None:
-    """Takes the update back after an overflow, and sets the next loss scale."""
+    """Undoes the update after an overflow, and sets the next loss scale."""
     old, new = view.before, view.values()
     if jax.tree.structure(old) != jax.tree.structure(new):
-        # The model made variables: their first values stay.
+        # The model created variables, whose first values are kept.
         paths = dict(nnx.to_flat_state(old))
         new = nnx.from_flat_state(
             [(path, x) for path, x in nnx.to_flat_state(new) if path in paths]

@@ -1,7 +1,7 @@
 r"""Where the second gradient is taken: w + ε.
 
-A perturbation maps a gradient g, the parameters w and a radius ρ to ε. Methods
-of the SAM family differ in it by the geometry in which ε has the length ρ.
+A perturbation maps a gradient g, the parameters w and a radius ρ to ε. The methods
+of the SAM family use different geometries, in which ε has the length ρ.
 """
 
 import abc
@@ -35,17 +35,17 @@ __all__ = [
 
 
 class StatefulPerturbation(abc.ABC):
-    """A perturbation with a memory, an average of gradients for instance.
+    """A perturbation with a memory, for instance an average of gradients.
 
-    The memory is a tree of arrays. It is updated with the gradient of every step,
-    sampled or not; a gradient that is not finite leaves it as it is. Gradients come in
-    float32 or wider, at zero where ``perturb_mask`` is False. Over several devices the
-    memory is that of the mean gradient; with ``per_device`` the gradient of this step
-    is each device's own.
+    Subclass it to write your own. The memory is a tree of arrays. The gradient of every
+    step updates it, whether the step is sampled or not. A gradient that is not finite
+    leaves it unchanged. Gradients arrive in float32 or wider, and are zero where
+    ``perturb_mask`` is False. On several devices the memory comes from the mean
+    gradient. With ``per_device``, the current gradient is each device's own.
 
     Attributes:
-        uses_gradient: whether ε depends on the gradient of this step too. Where it does
-            not, ``per_device`` is refused.
+        uses_gradient: whether ε depends on the gradient of the current step. If not,
+            ``per_device`` raises an error.
     """
 
     uses_gradient: bool = True
@@ -62,31 +62,31 @@ class StatefulPerturbation(abc.ABC):
     def __call__(
         self, grads: PyTree, params: PyTree, rho: jax.Array, memory: PyTree
     ) -> PyTree:
-        """ε; ``memory`` is that of before this step."""
+        """Returns ε; ``memory`` is the one before this step."""
 
 
-#: Maps a gradient, the parameters and ρ to ε: a function, or an object with a memory.
+#: Maps a gradient, the parameters and ρ to ε. A function, or an object with a memory.
 Perturbation = Callable[[PyTree, PyTree, jax.Array], PyTree] | StatefulPerturbation
 
 _NORM = re.compile(
     r'(^|[^a-z])(batch|layer|group|instance|rms)?_?(norm|bn|ln)([^a-z]|$)'
 )
-# Keeps ε finite at ‖g‖ = 0; the reference implementation's value.
+# Keeps ε finite at ‖g‖ = 0; the value of the reference implementation.
 _NORM_FLOOR = 1e-12
 
 
 def l2_ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
-    r"""SAM's perturbation, the steepest ascent in a ball of radius ρ.
+    r"""SAM's perturbation: steepest ascent to the surface of a ball of radius ρ.
 
     .. math:: ε = ρ \, g / (‖g‖_2 + 10^{-12})
 
     Args:
         grads: g, a tree of arrays.
-        params: w, unused: the ball is the same everywhere.
+        params: w; unused, since the ball is the same everywhere.
         rho: ρ, a scalar.
 
     Returns:
-        ε, a tree like ``grads`` in float32 or wider; zero where ‖g‖ = 0.
+        ε, a tree like ``grads`` in float32 or wider; zero if ‖g‖ = 0.
 
     References:
         Foret et al., `Sharpness-Aware Minimization for Efficiently Improving
@@ -108,17 +108,17 @@ def l2_ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
 def elementwise_ascent(
     eta: float = 0.0, scale_mask: PyTree | Callable[[PyTree], PyTree] | None = None
 ) -> Perturbation:
-    r"""ASAM's perturbation: the ball is scaled with the size of each weight.
+    r"""ASAM's perturbation: scales the ball with the size of each weight.
 
     .. math:: ε = ρ \, T^2 g / (‖T g‖_2 + 10^{-12}), \quad T = |w| + η
 
     Args:
-        eta: η >= 0. At 0 (most libraries' form) an element that is zero stays where
-            it is; the authors of ASAM add 0.01 to weights.
-        scale_mask: which tensors are scaled; the others have T = 1. A tree of
-            booleans like the parameters (or a prefix), or a callable that makes one
-            of them, such as :func:`all_but_biases` (the authors' choice). None
-            scales all.
+        eta: η >= 0. At 0 (the form in most libraries) an element that is zero is not
+            perturbed. The authors of ASAM use 0.01.
+        scale_mask: the tensors to scale; the others have T = 1. A tree of booleans like
+            the parameters (or a prefix of one), or a callable that makes such a tree
+            from them, such as :func:`all_but_biases` (the authors' choice). None scales
+            all.
 
     Returns:
         A perturbation.
@@ -143,7 +143,7 @@ def elementwise_ascent(
         return jnp.abs(w) + eta if scaled else jnp.ones_like(w)
 
     def ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
-        # Nowhere is an answer too: T = 1 everywhere, which is SAM.
+        # A mask of False only is allowed: T = 1 everywhere, which is SAM.
         flags = _checks.resolve_mask('scale_mask', scale_mask, params, allow_empty=True)
         if flags is None:
             flags = jax.tree.map(lambda _: True, params)
@@ -156,13 +156,13 @@ def elementwise_ascent(
 
 
 def unified_ascent(normalization: float) -> Perturbation:
-    r"""Unified SAM's perturbation, between a step along g and one of length ρ.
+    r"""Unified SAM's perturbation: between the step ρ g and a step of length ρ.
 
     .. math:: ε = ρ \, \Big(1 - λ + \frac{λ}{‖g‖_2 + 10^{-12}}\Big) \, g
 
     Args:
-        normalization: λ in [0, 1]: 1 is SAM, 0 is the unnormalized form (USAM), whose ε
-            is long where the gradient is.
+        normalization: λ in [0, 1]. 1 is SAM. 0 is the unnormalized form (USAM), whose ε
+            is longer for a longer gradient.
 
     Returns:
         A perturbation.
@@ -195,15 +195,16 @@ def unified_ascent(normalization: float) -> Perturbation:
 
 @dataclasses.dataclass(frozen=True)
 class Along(StatefulPerturbation):
-    """Climbs along a transformed gradient, an average for instance, instead of g.
+    """Perturbs along a transformed gradient, for instance an average, not along g.
 
-    The transformation sees the gradient of every step.
+    Any optax transformation of gradients will do. It sees the gradient of every step.
 
     Attributes:
-        transformation: an optax transformation of gradients. What it gives for tensors
-            outside ``perturb_mask``, whose gradient is zero there, counts in the norm.
-        perturbation: makes ε of what comes out of it.
-        uses_gradient: whether the gradient of this step is part of that.
+        transformation: an optax transformation of gradients. Its result for tensors
+            outside ``perturb_mask``, whose gradient it sees as zero, counts in the
+            norm.
+        perturbation: computes ε from the transformed gradient.
+        uses_gradient: whether the transformed gradient depends on the current gradient.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsam_jax
@@ -247,7 +248,7 @@ class MeanState(NamedTuple):
 
     Attributes:
         mean: m, a tree like the gradient.
-        started: bool scalar, whether there was a step.
+        started: bool scalar, whether there has been a step.
     """
 
     mean: PyTree
@@ -255,11 +256,11 @@ class MeanState(NamedTuple):
 
 
 def running_mean(theta: float) -> optax.GradientTransformation:
-    r"""VaSSO's: an exponential average of gradients, for :class:`Along`.
+    r"""VaSSO's transformation for :class:`Along`: an exponential average of gradients.
 
     .. math:: d_t = (1 - θ) \, d_{t-1} + θ \, g_t, \quad d_0 = g_0
 
-    (``optax.ema`` starts at zero, or divides by 1 − (1 − θ)ᵗ.)
+    (Unlike this, ``optax.ema`` starts at zero, or divides by 1 − (1 − θ)ᵗ.)
 
     Args:
         theta: θ in (0, 1].
@@ -284,11 +285,12 @@ def running_mean(theta: float) -> optax.GradientTransformation:
 
 
 def without_mean(sigma: float, decay: float) -> optax.GradientTransformation:
-    r"""F-SAM's: the gradient less an average of the earlier ones, for :class:`Along`.
+    r"""F-SAM's transformation for :class:`Along`: the gradient minus its average.
 
     .. math:: v_t = g_t - σ \, m_{t-1}, \quad m_t = λ \, m_{t-1} + (1 - λ) \, g_t
 
-    At the first step v = g and m becomes g.
+    The average is that of the earlier gradients. At the first step v = g, and m
+    becomes g.
 
     Args:
         sigma: σ >= 0.
@@ -319,7 +321,7 @@ def without_mean(sigma: float, decay: float) -> optax.GradientTransformation:
 def _with_mean(
     decay: float, result: Callable[[PyTree, PyTree, PyTree], PyTree]
 ) -> optax.GradientTransformation:
-    """Keeps an average of gradients; gives ``result(grads, before, after)``."""
+    """Keeps an average of gradients; returns ``result(grads, before, after)``."""
 
     def init(params: PyTree) -> MeanState:
         return MeanState(optax.tree.zeros_like(params), jnp.zeros((), jnp.bool_))
@@ -337,7 +339,9 @@ def _with_mean(
 
 
 def delayed() -> optax.GradientTransformation:
-    """The gradient of the step before, zero at first: AsyncSAM's, for :class:`Along`.
+    """AsyncSAM's transformation for :class:`Along`: the previous step's gradient.
+
+    It returns zero at the first step.
 
     Returns:
         An optax transformation whose state is the latest gradient.
@@ -349,15 +353,16 @@ def delayed() -> optax.GradientTransformation:
 
 
 def normalization_layers(params: PyTree) -> PyTree:
-    """A mask of the parameters of normalization layers: SAM-ON's ``perturb_mask``.
+    """A mask that selects the parameters of normalization layers, as SAM-ON does.
 
-    A layer counts as one if it has a parameter called ``scale``, as those of Flax have,
-    or if its name is one of a normalization: ``norm``, ``bn`` or ``ln``, also after
-    ``Batch``, ``Layer``, ``Group``, ``Instance`` or ``RMS``, with numbers or other
-    words beside it (``norm1``, ``bn_2``, ``LayerNorm_0``; not ``normal``).
+    Pass it as ``perturb_mask`` to perturb only those. A layer counts as a normalization
+    layer if it has a parameter called ``scale``, as in Flax, or by its name. Such names
+    are ``norm``, ``bn`` or ``ln``, optionally after ``Batch``, ``Layer``, ``Group``,
+    ``Instance`` or ``RMS``, and with numbers or other words beside it (``norm1``,
+    ``bn_2``, ``LayerNorm_0``, but not ``normal``).
 
     Args:
-        params: a tree with names (of dicts, of attributes, of ``nnx.state``).
+        params: a tree with names (dict keys, attributes, an ``nnx.state``).
 
     Returns:
         A tree of booleans like ``params``.
@@ -386,17 +391,17 @@ def normalization_layers(params: PyTree) -> PyTree:
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The names on a path, without the box of Flax or the variable at its end."""
+    """The names on a path, without a Flax box or an NNX variable at its end."""
     if path[-1:] == (jax.tree_util.GetAttrKey('value'),):
         path = path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def all_but_biases(params: PyTree) -> PyTree:
-    """A mask of the tensors that are not called ``bias``, as Flax calls them.
+    """A mask that selects all tensors not called ``bias``, Flax's name for biases.
 
     Args:
-        params: a tree with names (of dicts, of attributes).
+        params: a tree with names (dict keys, attributes).
 
     Returns:
         A tree of booleans like ``params``.
@@ -418,22 +423,22 @@ def perturb(
     mask: PyTree | None = None,
     memory: PyTree = None,
 ) -> PyTree:
-    """The perturbed parameters w + ε, in the dtypes of ``params``.
+    """Returns the perturbed parameters w + ε, in the dtypes of ``params``.
 
-    The sum is formed in float32 or wider and rounded once to the dtype of each
-    parameter: the model sees the closest point that it can hold. For bfloat16
-    and float16 parameters that point may be w itself. (An element of size 1 in
-    bfloat16 moves only if its ε exceeds 2⁻⁹ downwards or 2⁻⁸ upwards.) Where
-    that matters keep the parameters in float32 and compute in bfloat16.
+    The sum is computed in float32 or wider and rounded once to each parameter's dtype.
+    So the model sees the closest point that its dtype can represent. For bfloat16 and
+    float16 parameters that point may be w itself. (An element of size 1 in bfloat16
+    moves only if its ε exceeds 2⁻⁹ downwards or 2⁻⁸ upwards.) If that matters, keep the
+    parameters in float32 and compute in bfloat16.
 
     Args:
         perturbation: maps (g, w, ρ) to ε, for instance :func:`l2_ascent`.
         grads: g, a tree of arrays like ``params``.
         params: the parameters w.
         rho: ρ, a scalar.
-        mask: a tree of booleans like ``params``. Tensors at False stay as they are
-            and do not count in the norm: their g is zero. None perturbs all.
-        memory: that of a :class:`StatefulPerturbation`, before this step.
+        mask: a tree of booleans like ``params``. Tensors at False are not perturbed and
+            do not count in the norm: their g is set to zero. None perturbs all.
+        memory: the memory of a :class:`StatefulPerturbation` before this step.
 
     Returns:
         A tree like ``params``.
@@ -446,6 +451,11 @@ def perturb(
         ascent = perturbation(wide, params, rho, memory)
     else:
         ascent = perturbation(picked, params, rho)
+    # A scalar would be added to all elements without any error.
+    if problem := _checks.difference(ascent, params):
+        raise ValueError(
+            f'the perturbation must return a tree of arrays like params: {problem}'
+        )
     return jax.tree.map(
         lambda m, e, p: _numerics.add_scaled(p, 1.0, e) if m else p,
         mask,
@@ -476,12 +486,12 @@ def observe(
 
 
 def _picked(grads: PyTree, mask: PyTree) -> PyTree:
-    # Zeros rather than nothing: the perturbation sees the tree that it knows.
+    # Zeros, not None, so that the tree structure stays the same.
     return jax.tree.map(lambda m, g: g if m else jnp.zeros_like(g), mask, grads)
 
 
 def select(tree: PyTree, mask: PyTree | None) -> PyTree:
-    """The leaves that ``mask`` picks; None (an empty subtree) for the others."""
+    """The leaves that ``mask`` selects; None (an empty subtree) for the others."""
     if mask is None:
         return tree
     return jax.tree.map(lambda flag, x: x if flag else None, mask, tree)

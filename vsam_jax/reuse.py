@@ -1,9 +1,9 @@
 r"""How an old second gradient is reused: memory, weights, direction.
 
-On a sampled step a rule makes a *memory* from the two gradients; on the other
-steps it recalls the one it has. Either way the direction is made from the
-fresh gradient, the memory and a few scalar *weights*. Only memory and weights
-pass through the branches of a conditional; the direction is formed outside.
+On a sampled step a rule makes a *memory* from the two gradients. On the other steps it
+recalls the memory that it has. In both cases it computes the direction from the new
+gradient, the memory and a few scalar *weights*. Only memory and weights pass through
+the branches of a conditional. The direction is computed outside.
 """
 
 import abc
@@ -41,7 +41,7 @@ class SampleNorms(NamedTuple):
 
     Attributes:
         grad_norm: ‖g‖, a scalar in the statistics dtype; zero before any sample.
-        psf_norm: ‖s‖, likewise.
+        psf_norm: ‖s‖, in the same form.
     """
 
     grad_norm: jax.Array
@@ -49,15 +49,16 @@ class SampleNorms(NamedTuple):
 
 
 class ReuseRule(abc.ABC):
-    """What a rule offers; all methods are pure and traceable.
+    """The interface of reuse rules; all methods are pure and traceable.
 
-    A rule of one's own is best a subclass of :class:`Difference` (it says with what
-    weight an old PSF is reused) or of :class:`Combination` (it says what is made of the
-    two gradients, and stores nothing).
+    To write your own rule, it is easiest to subclass :class:`Difference` or
+    :class:`Combination`. For the first you define the weight at which an old PSF is
+    reused. For the second you define how to combine the two gradients; it stores
+    nothing.
 
     Attributes:
-        initial_age: the age of the empty memory that a run starts with.
-        takes_slices: whether g_SAM may be of other examples than g.
+        initial_age: the age of the empty memory at the start of a run.
+        takes_slices: whether g_SAM may come from other examples than g.
     """
 
     initial_age: int = 0
@@ -65,7 +66,7 @@ class ReuseRule(abc.ABC):
 
     @abc.abstractmethod
     def init(self, params: PyTree, dtype: DTypeLike) -> PyTree:
-        """An empty memory, or None where the rule keeps none."""
+        """An empty memory, or None if the rule keeps none."""
 
     @abc.abstractmethod
     def remember(
@@ -81,7 +82,7 @@ class ReuseRule(abc.ABC):
 
     @abc.abstractmethod
     def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:
-        """What goes on to the base optimizer, in the dtypes of ``grads``."""
+        """The direction for the base optimizer, in the dtypes of ``grads``."""
 
 
 def reuse_weight(
@@ -91,7 +92,7 @@ def reuse_weight(
     reuse_steps: int,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    r"""The weight c(a) of a PSF that is a steps old.
+    r"""vSAM's weight c(a) for a PSF that is a steps old.
 
     .. math:: c(0) = 1, \quad c(a) = β^a \; (a ≤ R), \quad c(a) = 0 \; (a > R)
 
@@ -99,7 +100,7 @@ def reuse_weight(
         age: a, an int32 scalar.
         decay: β.
         reuse_steps: R, the oldest age at which a PSF is reused.
-        dtype: of the result.
+        dtype: the dtype of the result.
 
     Returns:
         c(a), a scalar.
@@ -120,13 +121,13 @@ def reuse_weight(
 
 
 def steady_weight(norms: SampleNorms, *, every: int, tolerance: float) -> jax.Array:
-    r"""The weight w of a PSF between samples, as close to 1 as its noise allows.
+    r"""The weight w of a reused PSF: 1, or less if the PSF is noisy.
 
-    PSFs of different mini-batches have little but their mean in common. SAM adds
-    a new one on each of k steps, so the noise of the k directions has a power of
-    k (‖g‖² + ‖s‖²) together; with one of them, used k times, it has
-    k ‖g‖² + (1 + (k − 1) w)² ‖s‖². The weight is the largest one up to 1 with which
-    this is at most 1 + η times as much:
+    PSFs of different mini-batches have little in common but their mean. SAM adds a new
+    one on each of k steps, so the noise of the k directions has a total power of
+    k (‖g‖² + ‖s‖²). If one PSF is used k times instead, that power is
+    k ‖g‖² + (1 + (k − 1) w)² ‖s‖². w is the largest weight up to 1 that keeps this
+    within 1 + η times SAM's:
 
     .. math::
       w = \min\Big(1, \frac{\sqrt{k (1 + η + η ‖g‖^2 / ‖s‖^2)} - 1}{k - 1}\Big)
@@ -151,18 +152,18 @@ def steady_weight(norms: SampleNorms, *, every: int, tolerance: float) -> jax.Ar
     """
     grad_norm, psf_norm = norms
     tiny = jnp.finfo(psf_norm.dtype).tiny
-    # Squared after the division, since the norms may be too large or too small for
-    # a square; and bounded, since 0 · ∞ is none.
+    # Squared after the division, since the squares of the norms may overflow or
+    # underflow. Bounded, since 0 · ∞ is not a number.
     ratio = jnp.minimum(grad_norm / jnp.maximum(psf_norm, tiny), 2.0**60)
     total = jnp.sqrt(every * (1 + tolerance + tolerance * ratio**2))
     return jnp.minimum((total - 1) / (every - 1), 1).astype(psf_norm.dtype)
 
 
 class Difference(ReuseRule):
-    """The memory is the PSF s = g_SAM − g, used with a weight between samples.
+    """Stores the PSF s = g_SAM − g, and adds it with a weight between samples.
 
-    A subclass has :meth:`weight`, and ``initial_age`` where an old PSF is no longer
-    reused.
+    A subclass defines :meth:`weight`. If it stops reusing a PSF at some age, it sets
+    ``initial_age`` to such an age.
 
     Example:
         A PSF that counts half until the next sample:
@@ -199,8 +200,13 @@ class Difference(ReuseRule):
     def recall(
         self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
-        dtype = _numerics.statistics_dtype(grads)
-        return memory, (jnp.asarray(self.weight(age, norms), dtype),)
+        weight = jnp.asarray(self.weight(age, norms), _numerics.statistics_dtype(grads))
+        if weight.ndim:
+            raise ValueError(
+                f'{type(self).__name__}.weight must return a scalar, got an array of'
+                f' shape {weight.shape}.'
+            )
+        return memory, (weight,)
 
     def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:
         (weight,) = weights
@@ -211,7 +217,7 @@ class Difference(ReuseRule):
 
 @dataclasses.dataclass(frozen=True)
 class DecayedDifference(Difference):
-    """vSAM: the memory is the PSF s = g_SAM − g, the direction g + c(a)·s.
+    """vSAM's rule: stores the PSF s = g_SAM − g; the direction is g + c(a)·s.
 
     Attributes:
         decay: β.
@@ -242,13 +248,13 @@ class DecayedDifference(Difference):
 
 @dataclasses.dataclass(frozen=True)
 class SteadyDifference(Difference):
-    """The memory is the PSF s, the direction g + w·s until the next sample.
+    """Steady vSAM's rule: stores the PSF s; the direction is g + w·s.
 
-    w is :func:`steady_weight` of the sample's norms. A PSF serves the steps up to
-    the next sample, and as many again if that one is rejected.
+    w is :func:`steady_weight` of the sample's norms. A PSF is reused until the next
+    sample, and for as many steps again if that sample is rejected.
 
     Attributes:
-        every: k >= 2, how many steps there are from sample to sample.
+        every: k >= 2, the number of steps from one sample to the next.
         tolerance: η.
     """
 
@@ -270,21 +276,21 @@ class SteadyDifference(Difference):
 
 @dataclasses.dataclass(frozen=True)
 class RescaledOrthogonal(ReuseRule):
-    r"""LookSAM: the memory is the direction of g_SAM's part orthogonal to g.
+    r"""LookSAM's rule: stores the direction of the part of g_SAM orthogonal to g.
 
-    On a sampled step g_SAM = κ g + g_v with κ = ⟨g_SAM, g⟩ / ‖g‖² and g_v ⊥ g. The
-    memory is m = g_v / ‖g_v‖ and the direction κ g + ‖g_v‖ m. Between samples
-    g_v is scaled with the fresh gradient: g + α ‖g‖ m. A g_v that is no longer
-    than the rounding error of g_SAM, by the dtype that it comes in, counts as zero,
-    and so does its m. (What was computed in bfloat16 and comes in float32 tells
-    nothing of that error.)
+    On a sampled step g_SAM = κ g + g_v, with κ = ⟨g_SAM, g⟩ / ‖g‖² and g_v ⊥ g. The
+    memory is m = g_v / ‖g_v‖, and the direction is κ g + ‖g_v‖ m. Between samples
+    g_v is scaled with the new gradient: the direction is g + α ‖g‖ m. If g_v is no
+    longer than the rounding error of g_SAM, it counts as zero, and so does its m. That
+    error is estimated from the dtype of g_SAM. (It is not recognized if g_SAM was
+    computed in bfloat16 and then cast to float32.)
 
     Attributes:
         gain: α.
     """
 
     gain: float
-    # Its memory is made of g and g_SAM of the same examples.
+    # Its memory needs g and g_SAM of the same examples.
     takes_slices: ClassVar[bool] = False
 
     def __post_init__(self):
@@ -304,8 +310,8 @@ class RescaledOrthogonal(ReuseRule):
         kappa = inner / jnp.where(squared == 0, 1, squared)
         orthogonal = optax.tree.add_scale(g_sam, -kappa, g)
         norm = optax.tree.norm(orthogonal)
-        # Scaled to length one, rounding errors would become a direction of their
-        # own: in one dimension, or on a quadratic bowl, there is nothing else.
+        # Scaled to length one, rounding errors would make a direction. In one
+        # dimension, or on a quadratic bowl, g_v is nothing but rounding errors.
         arrays = [norm, *jax.tree.leaves(sam_grads)]
         eps = max(float(jnp.finfo(x.dtype).eps) for x in arrays)
         noise = 8 * eps * optax.tree.norm(g_sam)
@@ -332,9 +338,9 @@ class RescaledOrthogonal(ReuseRule):
 
 
 class Combination(ReuseRule):
-    """Nothing is stored: a direction of both gradients on sampled steps, else g.
+    """Stores nothing: combines both gradients on sampled steps, and else returns g.
 
-    A subclass has :meth:`combine`.
+    A subclass defines :meth:`combine`.
 
     Example:
         The mean of both gradients:
@@ -354,7 +360,7 @@ class Combination(ReuseRule):
 
     @abc.abstractmethod
     def combine(self, grads: PyTree, sam_grads: PyTree) -> PyTree:
-        """The direction, in the dtypes of ``grads``; g where the two are the same."""
+        """The direction, in the dtypes of ``grads``; g if both gradients are equal."""
 
     def init(self, params: PyTree, dtype: DTypeLike) -> None:
         del params, dtype
@@ -381,7 +387,7 @@ class Combination(ReuseRule):
 
 @dataclasses.dataclass(frozen=True)
 class NoReuse(Combination):
-    """SAM: g_SAM on sampled steps, g on the others."""
+    """SAM's rule: g_SAM on sampled steps, g on the others."""
 
     def combine(self, grads: PyTree, sam_grads: PyTree) -> PyTree:
         del grads
@@ -390,7 +396,7 @@ class NoReuse(Combination):
 
 @dataclasses.dataclass(frozen=True)
 class Amplified(Combination):
-    r"""The direction g + c·s; WSAM's, with c = γ / (1 − γ).
+    r"""WSAM's rule: the direction is g + c·s, with c = γ / (1 − γ) for WSAM.
 
     Attributes:
         gain: c >= 0; 1 is SAM.
@@ -411,13 +417,14 @@ class Amplified(Combination):
 
 @dataclasses.dataclass(frozen=True)
 class SurrogateGap(Combination):
-    r"""GSAM: g_SAM less a part of what g has orthogonal to it.
+    r"""GSAM's rule: g_SAM minus α times the part of g that is orthogonal to it.
 
     .. math:: \text{direction} = g_\text{SAM} - α \, g_⊥, \quad
       g_⊥ = g - \frac{⟨g, g_\text{SAM}⟩}{‖g_\text{SAM}‖^2} \, g_\text{SAM}
 
-    That descends the loss at w + ε. Along g_⊥ it climbs L(w), which to first order
-    leaves L(w + ε) as it is and so narrows the surrogate gap L(w + ε) − L(w).
+    A step against this direction lowers the loss at w + ε. Its part along g_⊥ raises
+    L(w) but, to first order, does not change L(w + ε). So it narrows the surrogate gap
+    L(w + ε) − L(w).
 
     Attributes:
         alpha: α >= 0; 0 is SAM.
@@ -429,7 +436,7 @@ class SurrogateGap(Combination):
         _checks.assign(self, alpha=_checks.real('alpha', self.alpha))
 
     def combine(self, grads: PyTree, sam_grads: PyTree) -> PyTree:
-        # g_⊥ is −s without its part along g_SAM: exactly zero where s is.
+        # g_⊥ is −s without its part along g_SAM, so it is exactly zero where s is.
         s = psf_of(grads, sam_grads)
         g_sam = jax.tree.map(_numerics.widen, sam_grads)
         squared = optax.tree.norm(g_sam, squared=True)
@@ -445,11 +452,11 @@ class SurrogateGap(Combination):
 
 @dataclasses.dataclass(frozen=True)
 class Renormalized(Combination):
-    r"""Stable SAM: g_SAM, with the length of g.
+    r"""Stable SAM's rule: g_SAM, rescaled to the length of g.
 
     .. math:: \text{direction} = \frac{‖g‖_2}{‖g_\text{SAM}‖_2} \, g_\text{SAM}
 
-    Where ‖g_SAM‖ = 0 the direction is zero.
+    If ‖g_SAM‖ = 0 the direction is zero.
     """
 
     def combine(self, grads: PyTree, sam_grads: PyTree) -> PyTree:

@@ -1,13 +1,13 @@
 r"""When the second gradient is taken: rules that plan a window of steps ahead.
 
-Time is cut into windows of K steps. A rule decides before the first step of a
-window which of its steps are sampled, from its budget and from numbers that
-are a pure function of (seed, index of the window). Nothing that happens inside
-a window changes its plan, so a host can read the plan once and then pick
-between compiled programs (:class:`vsam_jax.PlannedStep`).
+Training is divided into windows of K steps. Before a window starts, a rule decides
+which of its steps are sampled. It uses its budget, and random numbers that are a pure
+function of (seed, index of the window). Nothing that happens inside a window changes
+its plan. So a host can read the plan once, and then choose between compiled programs
+(:class:`vsam_jax.PlannedStep`).
 
 A rule is a frozen dataclass of static numbers with the methods of
-:class:`SamplingRule`; what changes over training (:class:`.Rings`, the budget)
+:class:`SamplingRule`. Whatever changes during training (:class:`.Rings`, the budget)
 is passed in and returned.
 """
 
@@ -37,16 +37,17 @@ __all__ = [
 
 
 class SamplingRule:
-    """What a rule offers; all methods are pure and traceable.
+    """The interface of sampling rules; all methods are pure and traceable.
 
-    A rule of one's own is a subclass, best a frozen dataclass, with ``window`` and
-    :meth:`plan`. The rest has defaults, those of a rule whose budget never changes. One
-    that decides by the gradient at hand has :meth:`init_memory` and :meth:`decide`
-    instead of a plan.
+    To write your own rule, subclass this, preferably as a frozen dataclass, and define
+    ``window`` and :meth:`plan`. The other methods have defaults for a rule whose budget
+    never changes. A rule that decides from the current gradient defines
+    :meth:`init_memory` and :meth:`decide` instead of a plan.
 
     Attributes:
-        window: K, how many steps one plan covers.
-        warmup_steps: W, how many first steps are all sampled, before the first window.
+        window: K, the number of steps in a plan.
+        warmup_steps: W, the number of initial steps, all sampled, before the first
+            window.
         always: whether every step is sampled, so that no conditional is needed.
 
     Example:
@@ -70,17 +71,17 @@ class SamplingRule:
     always: bool = False
 
     def init_rings(self, dtype: DTypeLike) -> Rings | None:
-        """Empty statistics, or None where the rule keeps none."""
+        """Empty statistics, or None if the rule keeps none."""
         del dtype
 
     def init_budget(self, dtype: DTypeLike) -> jax.Array:
-        """The budget b that is in force before the first window, a scalar."""
+        """The budget b before the first window, a scalar."""
         return jnp.zeros((), dtype)
 
     def observe(
         self, rings: Rings | None, grad_norm: jax.Array, psf_norm: jax.Array
     ) -> Rings | None:
-        """The statistics after one more sample with these finite norms."""
+        """The statistics after another sample, with these finite norms."""
         del grad_norm, psf_norm
         return rings
 
@@ -90,22 +91,22 @@ class SamplingRule:
         return budget
 
     def plan(self, budget: jax.Array, window_index: jax.Array) -> jax.Array:
-        """Which steps of a window are sampled, a bool array [K]."""
+        """The plan: which steps of a window are sampled, a bool array [K]."""
         del budget, window_index
         if self.init_memory(jnp.float32) is None:
             raise NotImplementedError(f'{type(self).__name__} must have a method plan.')
-        return jnp.zeros((self.window,), jnp.bool_)  # Never looked at.
+        return jnp.zeros((self.window,), jnp.bool_)  # Never used.
 
     def init_memory(self, dtype: DTypeLike) -> PyTree:
-        """What :meth:`decide` keeps, before the first step; None: the plan decides."""
+        """The initial memory of :meth:`decide`; None if the plan decides."""
         del dtype
 
     def decide(self, memory: PyTree, grad_norm: jax.Array) -> tuple[jax.Array, PyTree]:
-        """Whether this step is sampled, a bool scalar, and the next memory.
+        """Returns whether this step is sampled, a bool scalar, and the next memory.
 
-        Called on every step, where there is a memory, with ‖g‖ of that step over the
-        tensors of ``stats_mask``. If that is not finite the step is not sampled, and
-        the memory stays.
+        If there is a memory, this is called on every step with the ‖g‖ of that step,
+        over the tensors of ``stats_mask``. If that ‖g‖ is not finite, the step is not
+        sampled and the memory does not change.
         """
         raise NotImplementedError(f'{type(self).__name__} must have a method decide.')
 
@@ -121,7 +122,7 @@ def next_budget(
     variance_gain: float,
     max_budget: int,
 ) -> jax.Array:
-    r"""vSAM's controller: more samples while the PSF varies more.
+    r"""vSAM's controller: raises the budget while the PSF varies more.
 
     .. math::
       b \leftarrow \mathrm{clip}\big(b \, (1 + α_1 \mathrm{rel}(Q)
@@ -157,23 +158,23 @@ def next_budget(
 def window_plan(budget: jax.Array, uniforms: jax.Array) -> jax.Array:
     r"""vSAM's plan: exactly ⌊b⌋ of the K steps, chosen by the uniforms.
 
-    One step after the other, with c the samples taken so far in the window:
-    step i is sampled if (c < ⌊b⌋ and uᵢ ≥ 1 − b/K) or K − i ≤ ⌊b⌋ − c. The
-    first case is the random choice, the second one makes up for samples that the
-    random choice left over once only as many steps remain.
+    Go through the steps in order, and let c be the number of samples so far in the
+    window. Step i is sampled if (c < ⌊b⌋ and uᵢ ≥ 1 − b/K) or K − i ≤ ⌊b⌋ − c. The
+    first case is the random choice. The second case takes the samples that the random
+    choice has left over, once only that many steps remain.
 
-    Here without a loop. Let Hᵢ be the number of j < i with uⱼ ≥ 1 − b/K. Before
-    the second case first holds c = min(⌊b⌋, Hᵢ); from then on every step is
-    sampled, and K − i ≤ ⌊b⌋ − Hᵢ keeps holding, since Hᵢ grows by one a step at
-    most. So Hᵢ can stand for c in both cases.
+    This function needs no loop. Let Hᵢ be the number of j < i with uⱼ ≥ 1 − b/K. Until
+    the second case first holds, c = min(⌊b⌋, Hᵢ). From then on every step is sampled,
+    and K − i ≤ ⌊b⌋ − Hᵢ continues to hold, since Hᵢ grows by at most one per step. So
+    Hᵢ can replace c in both cases.
 
     Args:
         budget: b, a scalar in [1, K].
         uniforms: u, an array [K] of numbers in [0, 1). A number that the
-            step-by-step rule would not look at may be NaN.
+            step-by-step rule would not use may be NaN.
 
     Returns:
-        A bool array [K] with exactly ⌊b⌋ times True.
+        A bool array [K] in which exactly ⌊b⌋ entries are True.
 
     Example:
         >>> import jax.numpy as jnp
@@ -193,20 +194,20 @@ def window_plan(budget: jax.Array, uniforms: jax.Array) -> jax.Array:
 def window_uniforms(seed: int, window_index: jax.Array, window: int) -> jax.Array:
     """The random numbers of one window: a pure function of its arguments.
 
-    No key is kept in any state, so that wrappers which do arithmetic on states
-    leave the randomness alone, and a resumed run draws what the first one drew.
+    No state stores a key. So wrappers that do arithmetic on states do not affect the
+    random numbers, and a resumed run draws the same ones.
 
     Args:
         seed: chooses the stream.
         window_index: int32 scalar, the number of the window.
-        window: K, how many steps one plan covers.
+        window: K, the number of steps in a plan.
 
     Returns:
-        A float32 array [K] in [0, 1), the same in 32- and 64-bit mode. (With
-        ``jax_threefry_partitionable`` off, which is on by default, it is another one.)
+        A float32 array [K] in [0, 1), the same in 32- and 64-bit mode. (The numbers
+        differ if you turn off ``jax_threefry_partitionable``, which is on by default.)
     """
-    # (seed, window) is the whole 64-bit key, so that drawing is one pass of the
-    # generator; it is named, so that jax_default_prng_impl changes no plan.
+    # (seed, window) is the whole 64-bit key, so one pass of the generator suffices.
+    # The generator is named, so that jax_default_prng_impl changes no plan.
     words = jnp.stack([jnp.uint32(seed), window_index.astype(jnp.uint32)])
     key = jax.random.wrap_key_data(words, impl='threefry2x32')
     return jax.random.uniform(key, (window,), jnp.float32)
@@ -221,12 +222,12 @@ _MAX_WINDOW = 2**20  # The plan of a window is an array of this length.
 
 @dataclasses.dataclass(frozen=True)
 class ByVariation(SamplingRule):
-    """vSAM: ⌊b⌋ samples a window, b driven by how much the PSF varies.
+    """vSAM's rule: ⌊b⌋ samples per window, where b follows the variation of the PSF.
 
     Attributes:
-        window: K, how many steps one plan covers.
+        window: K, the number of steps in a plan.
         segments: S, divides K into groups of at least two.
-        warmup_steps: W, how many first steps are all sampled.
+        warmup_steps: W, the number of initial steps that are all sampled.
         norm_gain: α₁.
         variance_gain: α₂.
         max_rate: p_max.
@@ -270,7 +271,7 @@ class ByVariation(SamplingRule):
     @property
     def max_budget(self) -> int:
         """⌊K·p_max⌋."""
-        # 100 · 0.29 is 28.999999999999996 in binary; 29 is what was meant.
+        # 100 · 0.29 is 28.999999999999996 in binary, but should be 29.
         return int(self.window * self.max_rate + 1e-9)
 
     def init_rings(self, dtype: DTypeLike) -> Rings:
@@ -305,10 +306,10 @@ class ByVariation(SamplingRule):
 
 @dataclasses.dataclass(frozen=True)
 class Periodic(SamplingRule):
-    """Steps 0, k, 2k, … are sampled; k = 1 samples every step.
+    """Samples steps 0, k, 2k, …; k = 1 samples every step.
 
     Attributes:
-        every: k, the steps from one sample to the next.
+        every: k, the number of steps from one sample to the next.
     """
 
     every: int
@@ -317,7 +318,7 @@ class Periodic(SamplingRule):
 
     def __post_init__(self):
         every = _checks.integer('every', self.every, low=1, high=_MAX_WINDOW)
-        # A multiple of k, and not small, so that a host seldom reads the plan.
+        # A multiple of k, and large enough that a host seldom reads the plan.
         window = every * -(-64 // every)
         _checks.assign(self, every=every, window=window, always=every == 1)
 
@@ -331,11 +332,11 @@ class Periodic(SamplingRule):
 
 @dataclasses.dataclass(frozen=True)
 class AtRandom(SamplingRule):
-    """Every step is sampled with the same probability, independently.
+    """Samples every step independently, with the same probability.
 
     Attributes:
         rate: the probability.
-        window: K, for how many steps the numbers are drawn at once.
+        window: K, the number of steps in a plan, drawn at once.
         seed: chooses the random numbers.
     """
 
@@ -363,12 +364,12 @@ class AtRandom(SamplingRule):
 
 
 class GradientNorms(NamedTuple):
-    """What :class:`ByGradientNorm` keeps.
+    """The memory of :class:`ByGradientNorm`.
 
     Attributes:
         step: t, an int32 scalar.
         mean: μ, the average of ‖g‖², a scalar.
-        variance: σ², likewise of (‖g‖² − μ)².
+        variance: σ², the average of (‖g‖² − μ)², a scalar.
     """
 
     step: jax.Array
@@ -378,7 +379,7 @@ class GradientNorms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ByGradientNorm(SamplingRule):
-    r"""AE-SAM: a step is sampled where ‖g‖² is large for its time.
+    r"""AE-SAM's rule: samples a step if ‖g‖² is unusually large at that time.
 
     .. math::
       μ_t = δ μ_{t-1} + (1 - δ) ‖g_t‖^2, \quad
@@ -389,13 +390,13 @@ class ByGradientNorm(SamplingRule):
     finite.
 
     Attributes:
-        steps: T >= 1; from then on c = λ₁.
+        steps: T >= 1. After T steps c = λ₁.
         delta: δ in [0, 1).
         lambda1: λ₁.
         lambda2: λ₂.
         initial_mean: μ before the first step.
-        initial_variance: σ² before the first step. Zero makes the decisions independent
-            of the gradient's scale.
+        initial_variance: σ² before the first step. If it is zero, the decisions do not
+            depend on the gradient's scale.
 
     References:
         Jiang et al., `An Adaptive Policy to Employ Sharpness-Aware Minimization

@@ -1,4 +1,4 @@
-"""Shardings of a train state: what belongs to a parameter lies where it lies."""
+"""Shardings of a train state: memories are sharded like their parameters."""
 
 from typing import Any
 
@@ -12,24 +12,25 @@ __all__ = ['state_shardings']
 
 
 def state_shardings(state: PyTree, params: PyTree) -> PyTree:
-    """The shardings of a train state or optimizer state on a mesh.
+    """Returns the shardings of a train state or optimizer state on a mesh.
 
-    Memories of the size of a parameter (the PSF, momenta, averages) are sharded
-    like that parameter; all else (counters, plan, budget, statistics) is
-    replicated. On a mesh with Auto axes a jitted ``init`` or step must be told so,
-    or XLA decides and may replicate the memories: give the result to
-    ``out_shardings``. On a mesh with Explicit axes the types of arrays carry their
-    shardings, and this function is not needed.
+    Memories of the size of a parameter (the PSF, momenta, averages) are sharded like
+    that parameter. Everything else (counters, plan, budget, statistics) is replicated.
+    On a mesh with Auto axes, pass the result to a jitted ``init`` or step as
+    ``out_shardings``. Otherwise XLA decides, and may replicate the memories. On a mesh
+    with Explicit axes you do not need this function: the types of arrays carry their
+    shardings.
 
-    A leaf of ``state`` belongs to a parameter if its shape is the parameter's and
-    its path ends with the parameter's path; the longest such path counts.
+    A leaf of ``state`` belongs to a parameter if it has the parameter's shape and its
+    path ends with the parameter's path. If several parameters match, the longest path
+    counts.
 
     Args:
-        state: any tree in which the state stands: ``(params, opt_state)``, a
-            :class:`vsam_jax.linen.TrainState`, an optimizer state. Of its leaves only
-            the shapes are looked at: ``jax.eval_shape(tx.init, params)`` will do.
-        params: the parameters, arrays or ``jax.ShapeDtypeStruct`` objects, with a
-            ``NamedSharding`` each, all on one mesh.
+        state: any tree that contains the state: ``(params, opt_state)``, a
+            :class:`vsam_jax.linen.TrainState`, an optimizer state. Only the shapes of
+            its leaves matter, so you can pass ``jax.eval_shape(tx.init, params)``.
+        params: the parameters, as arrays or ``jax.ShapeDtypeStruct`` objects. Each must
+            have a ``NamedSharding``, all on one mesh.
 
     Returns:
         A tree like ``state`` of ``NamedSharding``.
@@ -76,8 +77,8 @@ def state_shardings(state: PyTree, params: PyTree) -> PyTree:
     def node(path: tuple[Any, ...], part: Any) -> Any:
         if not isinstance(part, VSAMState):
             return sharding_of(path, part)
-        # By its name: where the parameters are one bare array, every leaf's path
-        # ends with theirs, and the plan may happen to have their shape.
+        # By name: if the parameters are one bare array, every leaf's path ends with
+        # their empty path, and the plan may happen to have their shape.
         large = {name: getattr(part, name) for name in ('psf', 'perturbation_memory')}
         rest = part._replace(**dict.fromkeys(large))
         return jax.tree.map(lambda _: replicated, rest)._replace(

@@ -1,7 +1,7 @@
-r"""What a sampling rule may learn from the samples: rings of the last K.
+r"""Statistics of the last K samples, by which a sampling rule may decide.
 
-A ring is an array of length K that holds its newest value last. Rings start at
-zero; ``filled`` says how many values have been pushed.
+They are kept in rings. A ring is an array of length K with the newest value last. Rings
+start at zero. ``filled`` says how many values have been pushed.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Rings(NamedTuple):
         norms: N, the norms ‖s‖ of the projection of the second-order gradient.
         ratios: Q, the norms ‖s‖ relative to the gradient's, ‖s‖ / ‖g‖.
         variances: V, the variance of N within its segments (see
-            :func:`segment_variance`), each taken when its ‖s‖ had been pushed.
+            :func:`segment_variance`), each computed right after its ‖s‖ was pushed.
         filled: int32 scalar, how many samples have been pushed, at most K.
     """
 
@@ -38,7 +38,7 @@ class Rings(NamedTuple):
 
 
 def init_rings(window: int, dtype: DTypeLike) -> Rings:
-    """Empty rings of length ``window``."""
+    """Returns empty rings of length ``window``."""
     return Rings(
         norms=jnp.zeros((window,), dtype),
         ratios=jnp.zeros((window,), dtype),
@@ -54,12 +54,12 @@ def push_sample(
 
     Args:
         rings: the rings before the sample.
-        grad_norm: ‖g‖, a finite scalar. Where it is zero the ratio is zero.
+        grad_norm: ‖g‖, a finite scalar. If it is zero, the ratio is zero.
         psf_norm: ‖s‖, a finite scalar.
         segments: S, see :func:`segment_variance`.
 
     Returns:
-        The rings with the sample as their newest value, all of them finite.
+        The rings with the sample as the newest value. All values are finite.
     """
     limits = jnp.finfo(rings.norms.dtype)
     measurable = grad_norm >= limits.tiny
@@ -80,16 +80,16 @@ def _push(ring: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def segment_variance(norms: jax.Array, segments: int) -> jax.Array:
-    """The variance of the norms within groups of similar ones.
+    """Returns the variance of the norms within groups of similar norms.
 
     Args:
         norms: N, an array [K].
         segments: S, which divides K.
 
     Returns:
-        The mean over the S segments of the unbiased variance inside each segment
-        of sort(N), K/S consecutive values each; a scalar. Sorting first takes out
-        the trend, so that what is left is how unevenly the norms are spread.
+        A scalar. sort(N) is cut into S segments of K/S consecutive values. The result
+        is the mean of the unbiased variances of the segments. Sorting removes the
+        trend, so the result shows how unevenly the norms are spread.
 
     Example:
         >>> import jax.numpy as jnp
@@ -102,21 +102,21 @@ def segment_variance(norms: jax.Array, segments: int) -> jax.Array:
 
 
 def relative_change(ring: jax.Array, filled: jax.Array) -> jax.Array:
-    r"""The mean relative change from sample to sample, in [−1, 1].
+    r"""Returns the mean relative change from one sample to the next, in [−1, 1].
 
     .. math::
       \mathrm{rel}(x) = \mathrm{clip}\Big(\frac{1}{K-1} \sum_{i=1}^{K-1}
       \frac{x_i - x_{i-1}}{x_{i-1}}, -1, 1\Big)
 
-    Pairs that do not exist yet (fewer than K samples) and pairs that start at
-    zero, whose change has no finite relative size, are left out of the mean.
+    The mean leaves out pairs that do not exist yet (with fewer than K samples). It also
+    leaves out pairs that start at zero, whose relative change is not finite.
 
     Args:
         ring: x, an array [K] of finite values >= 0, oldest first.
         filled: how many of the last values are samples.
 
     Returns:
-        A finite scalar; zero where there is no pair.
+        A finite scalar; zero if there is no pair.
 
     Example:
         >>> import jax.numpy as jnp

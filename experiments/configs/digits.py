@@ -110,7 +110,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.compare = {
         # Costs are relative to the first.
-        'methods': ('sgd', 'sam', 'vsam', 'steady_vsam'),
+        'methods': ('sgd', 'sam', 'vsam', 'steady_vsam', 'lean_sam'),
         # None that a choice was ever made with.
         'seeds': tuple(range(10, 20)),
         'timing_rounds': 30,

@@ -173,6 +173,7 @@ def config() -> ml_collections.ConfigDict:
     return config
 
 
+@pytest.mark.slow
 def test_candidates_are_run_with_their_own_settings_and_with_those_of_sam(
     config, tmp_path
 ):

@@ -938,5 +938,5 @@ def test_the_small_configurations_are_complete(regime):
 
 
 def test_an_unknown_regime_is_named():
-    with pytest.raises(ValueError, match="noisy, underfitted; got 'x'"):
+    with pytest.raises(ValueError, match="noisy, underfitted, few; got 'x'"):
         cifar100_small.get_config('x')

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from experiments.common import configuration
-from experiments.common.ledger import Job, Ledger
+from experiments.common.ledger import Job, Ledger, quality
 from experiments.common.shards import Shard
 from experiments.methods import registry
-from experiments.methods.compared import METHODS
+from experiments.methods.compared import METHODS, config_of
 from experiments.studies.frontier import __main__ as program
 from experiments.studies.frontier import cost, look, plan, protocol, report
 from experiments.studies.frontier.protocol import Unit
@@ -83,7 +83,7 @@ def test_every_task_is_complete(name):
     assert config.batch_size % 8 == 0  # A part of an eighth is possible.
     assert config.data.train >= config.batch_size
     for method in task.methods:
-        run = protocol.config_of(config, method, 0.1, 0.2, seed=3)
+        run = config_of(config, method, 0.1, 0.2, seed=3)
         configuration.check(run)
         made = registry.create(method, run.methods[method], run.optimizer, TASK)
         assert made.tx
@@ -130,8 +130,8 @@ def test_settings_are_chosen_before_they_are_tested(task, tmp_path):
     everything = protocol.jobs(ledger, {'mlp_200': task}, METHODS, only_tuning=True)
     assert not any(job.tests for job in everything)
     # A loss that is not finite is worst.
-    assert protocol.quality({'test': {'loss': None}}, 'test', 'loss') == -np.inf
-    assert protocol.quality({'test': {'loss': 2.0}}, 'test', 'loss') == -2
+    assert quality({'test': {'loss': None}}, 'test', 'loss') == -np.inf
+    assert quality({'test': {'loss': 2.0}}, 'test', 'loss') == -2
 
 
 def test_pieces_of_work_are_shared_out_by_their_length():
@@ -217,6 +217,7 @@ def test_a_look_has_fewer_runs_than_the_study():
     assert sum(sum(protocol.count(found, m)[1:]) for m in look.METHODS) == 13
 
 
+@pytest.mark.slow
 def test_runs_of_a_method_share_a_program_and_its_results(task, tmp_path):
     ledger = Ledger(tmp_path / 'runs.jsonl')
     maker = many.Maker(ledger, tmp_path / 'runs', train)

@@ -101,10 +101,13 @@ def test_max_rate_is_not_rounded_down_by_binary_fractions():
 PARAMS = {'a': jnp.ones(2), 'b': jnp.ones((2, 2))}
 
 
-def update(grads=None, params=PARAMS, grad_fn=lambda p: p, sample=True, tx=None):
+def update(
+    grads=None, params=PARAMS, grad_fn=lambda p: p, sample=True, tx=None, value=None
+):
     tx = vsam_jax.vsam() if tx is None else tx
     grads = PARAMS if grads is None else grads
-    return tx.update(grads, tx.init(PARAMS), params, grad_fn=grad_fn, sample=sample)
+    told = {'grad_fn': grad_fn, 'sample': sample, 'value': value}
+    return tx.update(grads, tx.init(PARAMS), params, **told)
 
 
 @pytest.mark.parametrize('sample', [True, None], ids=['planned', 'traced'])
@@ -113,6 +116,7 @@ def update(grads=None, params=PARAMS, grad_fn=lambda p: p, sample=True, tx=None)
     [
         ({'params': None}, ValueError, r'params must be .* got None'),
         ({'grad_fn': None}, ValueError, r'grad_fn must be .* got None'),
+        ({'grad_fn': None}, ValueError, r'not passed on.* vsam_jax.linen.TrainState'),
         ({'grad_fn': 3}, TypeError, r'grad_fn must be .* got 3'),
         (
             {'grad_fn': lambda p: p['a']},
@@ -123,6 +127,16 @@ def update(grads=None, params=PARAMS, grad_fn=lambda p: p, sample=True, tx=None)
             {'grad_fn': lambda p: (1.0, p)},
             ValueError,
             r'value must be the loss of the first pass where grad_fn returns',
+        ),
+        (
+            {'grad_fn': lambda p: (p, {'accuracy': 1.0})},
+            TypeError,
+            r'grad_fn must return the gradient, .* has_aux=True.* batch\)\[0\]',
+        ),
+        (
+            {'grad_fn': lambda p: ((1.0, {'accuracy': 1.0}), p), 'value': 1.0},
+            TypeError,
+            r'value that grad_fn returns must be .* got a tuple.*has_aux',
         ),
         (
             {'grad_fn': lambda p: {'a': p['a'], 'b': p['a']}},
@@ -173,6 +187,8 @@ def test_update_refuses_a_wrong_sample(sample, error):
         ({'a': jnp.ones(2, complex)}, TypeError, 'leaves of the real and the imag'),
         ({'a': jnp.ones(2, jnp.float8_e4m3fn)}, TypeError, r'16 bits .* float8_e4m3fn'),
         ({'a': 1.0}, TypeError, r"params must hold arrays; at \['a'\] it holds 1.0"),
+        ({'a': jnp.tanh}, TypeError, r'leave them out, .*eqx.is_inexact_array'),
+        ({'a': jnp.ones(2, int)}, TypeError, r'leave them out, .*eqx.is_inexact_array'),
         ({'a': optax.MaskedNode()}, ValueError, 'outside optax.masked'),
     ],
 )

@@ -158,7 +158,7 @@ def test_lookahead_around_a_method_is_refused():
         optax.chain(vsam_jax.vsam(), optax.sgd(0.1)), sync_period=2, slow_step_size=0.5
     )
     params = optax.LookaheadParams.init_synced(jnp.ones(2))
-    with pytest.raises(ValueError, match=r'lookahead.* goes after it, not around it'):
+    with pytest.raises(ValueError, match=r'lookahead.* goes after this method'):
         tx.update(jnp.ones(2), tx.init(params), params)  # pyright: ignore
 
 

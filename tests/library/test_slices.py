@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsam_jax
 from tests import problems
 from tests.library.built_runs import (
+    Weights,
     assert_same_run,
     mean_loss,
     optimizer,
@@ -191,6 +193,28 @@ def test_built_steps_take_every_kth_example(name, framework):
     assert_same_run(run, by_hand(name))
     run = framework(name, batches(), planned=True, scaled=True, psf_share=0.25)
     assert_same_run(run, by_hand(name), atol=1e-5)
+
+
+@pytest.mark.usefixtures('x64')
+def test_a_step_of_nnx_by_hand_takes_every_kth_example():
+    optim = nnx.Optimizer(model := Weights(), optimizer('steady_vsam'), wrt=nnx.Param)
+
+    def loss_fn(model, batch):
+        params = {'bias': model.bias[...], 'kernel': model.kernel[...]}
+        return mean_loss(params, batch)
+
+    @nnx.jit
+    def step(model, optim, batch):
+        grad_fn = vsam_jax.nnx.value_and_grad(loss_fn, psf_share=1 / 4)
+        _, grads = grad_fn(model, batch)
+        with pytest.raises(ValueError, match='pass it as psf_grad_fn'):
+            optim.update(model, grads, grad_fn=grad_fn)
+        optim.update(model, grads, psf_grad_fn=grad_fn)
+
+    for batch in batches():
+        step(model, optim, batch)
+    params = {'bias': model.bias[...], 'kernel': model.kernel[...]}
+    assert_same_run(params, by_hand('steady_vsam')[0])
 
 
 def examples_seen(batch, **options) -> list[list[list[int]]]:

@@ -152,6 +152,20 @@ paper: $(PAPER_ENV)/.ready ## CIFAR-100 on an accelerator: tuning, seven methods
 	$(PAPER)/python -m experiments.figures --workdir=$(RUNS) \
 	  $(foreach model,$(MODELS),--comparison=$(RUNS)/$(model))
 
+# For a machine that has jax, flax, optax, torch and scikit-learn but no package index.
+PACK := build/gpu
+GPU_PYTHON ?=
+GPU := experiments.studies.proof
+MINUTES ?= 30
+
+.PHONY: gpu-pack gpu
+gpu-pack: $(PAPER_ENV)/.ready ## what such a machine lacks, into build/gpu: wheels and CIFAR-100
+	$(PAPER_ENV)/bin/python -m $(GPU).pack --output=$(PACK) --python=$(GPU_PYTHON)
+
+gpu: ## there: steps and runs on its accelerator, the most important first
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(PACK)/site $(PACK)/wheels/*.whl
+	PYTHONPATH=$(PACK)/site $(PYTHON) -m $(GPU).gpu --pack=$(PACK) --minutes=$(MINUTES) $(OPTIONS)
+
 .PHONY: release
 release: .venv-test/.ready .venv-release/.ready ## a release but for the upload: sdist and wheel, checked and tried
 	@test -z "$$(git status --porcelain)" || { git status --short; \

@@ -102,14 +102,15 @@ class Program:
         batch: a mini-batch or its shapes.
         decision: what decides the step.
         by_hand: whether the step is made without a builder of this project.
+        psf_share: the share of the mini-batch that second gradients are taken of.
 
     Attributes:
         executable: what runs.
         arguments: its arguments after state and batch.
         compile_seconds: of tracing and compiling.
         flops: additions and multiplications of a call as the network is written,
-            None where that is not known. Of a traced step those of the branch that
-            is taken.
+            None where that is not known, as with a share. Of a traced step those of
+            the branch that is taken.
         conditionals: how many there are in the program.
     """
 
@@ -120,9 +121,10 @@ class Program:
         batch: Any,
         decision: variants.Decision,
         by_hand: bool = False,
+        psf_share: float = 1,
     ):
         written = train_step_by_hand(problem)
-        step = written if by_hand else train_step(problem)
+        step = written if by_hand else train_step(problem, psf_share)
         sample, self.arguments = variants.sample_of(decision)
 
         def program(state: Any, batch: Any, *traced: jax.Array) -> Any:
@@ -137,7 +139,10 @@ class Program:
         # A conditional would count as both of its branches, and a loop, such as
         # builders make of some gradients, as one round.
         counted = variants.PLANNED_TWIN.get(decision, decision)
-        self.flops = _operations(written, state, batch, counted)
+        # The step by hand takes second gradients of whole mini-batches.
+        self.flops = None
+        if psf_share == 1:
+            self.flops = _operations(written, state, batch, counted)
 
 
 def _operations(
@@ -161,22 +166,33 @@ class Session:
         problem: the network.
         tx: the optimizer.
         by_hand: whether the step is made without a builder of this project.
+        psf_share: the share of the mini-batch that second gradients are taken of.
     """
 
     def __init__(
-        self, problem: Problem, tx: optax.GradientTransformation, by_hand: bool = False
+        self,
+        problem: Problem,
+        tx: optax.GradientTransformation,
+        by_hand: bool = False,
+        psf_share: float = 1,
     ):
         self.state = new_state(problem, tx)
         self._batch = jax.device_put(problem.batch())
         self._problem = problem
         self._by_hand = by_hand
+        self._psf_share = psf_share
         self._programs: dict[str, Program] = {}
 
     def program(self, decision: variants.Decision) -> Program:
         """The program of a decision, compiled when it is first asked for."""
         if decision not in self._programs:
             self._programs[decision] = Program(
-                self._problem, self.state, self._batch, decision, self._by_hand
+                self._problem,
+                self.state,
+                self._batch,
+                decision,
+                self._by_hand,
+                self._psf_share,
             )
         return self._programs[decision]
 
@@ -231,21 +247,22 @@ def runners(
 
     Args:
         problem: the network.
-        names: which of :data:`variants.VARIANTS`.
+        names: which of :data:`variants.ALL`.
         **settings: of vSAM.
 
     Returns:
         A runner each; the first one is that of the base optimizer.
     """
-    sessions: dict[tuple[str, bool], Session] = {}
+    sessions: dict[tuple[str, bool, float], Session] = {}
     made: dict[str, JaxRunner] = {}
     for name in names:
-        variant = variants.VARIANTS[name]
-        key = variant.optimizer, variant.by_hand
+        variant = variants.ALL[name]
+        key = variant.optimizer, variant.by_hand, variant.share
         if key not in sessions:
-            given = settings if variant.optimizer == 'vsam' else {}
+            own = {'vsam': settings, 'lean': {'share': variant.share}}
+            given = own.get(variant.optimizer, {})
             tx = variants.OPTIMIZERS[variant.optimizer](problem.base, **given)
-            sessions[key] = Session(problem, tx, variant.by_hand)
+            sessions[key] = Session(problem, tx, variant.by_hand, variant.share)
         title = problem.base if name == variants.BASE else name
         made[title] = JaxRunner(sessions[key], variant)
     return made

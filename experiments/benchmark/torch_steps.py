@@ -192,15 +192,19 @@ def title(name: str, problem: Problem) -> str:
     return f'PyTorch {problem.base if name == variants.BASE else name}'
 
 
-def runners(problem: Problem) -> dict[str, TorchRunner]:
-    """Runners of all methods by title; the first is that of the base optimizer."""
+def runners(
+    problem: Problem, names: tuple[str, ...] = tuple(METHODS)
+) -> dict[str, TorchRunner]:
+    """Runners of methods by title; the first is that of the base optimizer.
+
+    Args:
+        problem: the network.
+        names: which of :data:`METHODS`, that of the base optimizer first.
+    """
     torch.backends.cudnn.benchmark = True
     if device().type == 'cuda':
         torch.cuda.empty_cache()  # Of the networks before this one.
-    return {
-        title(name, problem): TorchRunner(problem, method)
-        for name, method in METHODS.items()
-    }
+    return {title(name, problem): TorchRunner(problem, METHODS[name]) for name in names}
 
 
 def versions() -> dict[str, str]:

@@ -104,6 +104,11 @@ def vsam(name: str, **settings: Any) -> optax.GradientTransformation:
     return optax.chain(vsam_jax.vsam(RHO, **settings), base(name))
 
 
+def lean(name: str, share: float) -> optax.GradientTransformation:
+    """Second gradients of a share of the mini-batch, before the same base optimizer."""
+    return optax.chain(vsam_jax.lean_sam(RHO, share=share), base(name))
+
+
 # By name, called with that of the base optimizer.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     'base': base,
@@ -111,6 +116,8 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     'optax transparent': lambda name: optax_sam(name, opaque=False),
     'storing': storing_sam,
     'vsam': vsam,
+    'sam': lambda name: optax.chain(vsam_jax.sam(RHO), base(name)),
+    'lean': lean,
 }
 
 
@@ -122,12 +129,14 @@ class Variant(NamedTuple):
         calls: the decisions of the calls that are timed together.
         steps: how many optimizer steps these calls are.
         by_hand: whether the step is made without a builder of this project.
+        share: of the mini-batch that second gradients are taken of.
     """
 
     optimizer: str
     calls: tuple[Decision, ...]
     steps: int = 1
     by_hand: bool = False
+    share: float = 1
 
 
 # One step in five is sampled, as LookSAM does it.
@@ -158,6 +167,26 @@ VARIANTS: dict[str, Variant] = {
     TRACED_SAMPLED: Variant('vsam', ('traced sampled',)),
     TRACED_REUSE: Variant('vsam', ('traced reuse',)),
 }
+
+SAM = 'SAM planned'
+LEAN = 'lean SAM planned, 1/8 every 3rd step'
+LEAN_REUSE = 'lean SAM planned, reuse step'
+SHARES = (1 / 2, 1 / 4, 1 / 8)
+# Titles of the steps with a slice, the largest slice first.
+SLICES = {
+    share: f'lean SAM planned, 1/{1 / share:.0f}, sampled step' for share in SHARES
+}
+# Those that take part where slices are looked at.
+OF_SLICES: dict[str, Variant] = {
+    SAM: Variant('sam', ('sampled',)),
+    **{
+        title: Variant('lean', ('sampled',), share=share)
+        for share, title in SLICES.items()
+    },
+    LEAN_REUSE: Variant('lean', ('reuse',), share=SHARES[-1]),
+    LEAN: Variant('lean', ('sampled', 'reuse', 'reuse'), steps=3, share=1 / 8),
+}
+ALL = {**VARIANTS, **OF_SLICES}
 
 # Those that make a step in one call.
 FEW = tuple(name for name, variant in VARIANTS.items() if len(variant.calls) == 1)

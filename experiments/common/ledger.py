@@ -90,3 +90,17 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         self._lines[key] = line
+
+
+def quality(line: Mapping[str, Any], split: str, judge: str) -> float:
+    """How good a run is; more is better, and what is not finite is worst.
+
+    Args:
+        line: what a ledger says of the run.
+        split: ``'validation'`` or ``'test'``.
+        judge: ``'accuracy'`` or ``'loss'``, of which less is better.
+    """
+    value = line[split][judge]
+    if value is None:
+        return -float('inf')
+    return -value if judge == 'loss' else value

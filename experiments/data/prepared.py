@@ -81,10 +81,7 @@ def read(
     """
     root = data_directory(data_dir)
     directory = pathlib.Path(cache_dir) if cache_dir else root / 'decoded'
-    # Names contain slashes and colons.
-    name = '-'.join(filter(None, (dataset, split, label)))
-    name = urllib.parse.quote(name, safe='')
-    path = directory.expanduser() / f'{name}.npz'
+    path = cache_file(directory, dataset, split, label)
     if not path.exists():
         _write_cache(path, dataset, split, label, root)
     content = _read_cache(path)
@@ -107,6 +104,48 @@ def data_directory(data_dir: str | os.PathLike | None = None) -> pathlib.Path:
 # --- Cache files --------------------------------------------------------------
 
 
+def cache_file(
+    directory: pathlib.Path, dataset: str, split: str, label: str | None = None
+) -> pathlib.Path:
+    """The file that :func:`read` keeps a split in.
+
+    Args:
+        directory: the ``cache_dir``.
+        dataset: as :func:`read` has it.
+        split: likewise.
+        label: likewise.
+    """
+    # Names contain slashes and colons.
+    name = '-'.join(filter(None, (dataset, split, label)))
+    return directory.expanduser() / f'{urllib.parse.quote(name, safe="")}.npz'
+
+
+def write(path: pathlib.Path, content: Images) -> None:
+    """Writes a split as a cache file, which :func:`read` then needs nothing else for.
+
+    Args:
+        path: the file, see :func:`cache_file`; its directory is made.
+        content: the split.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.replacing(path) as file:
+        _save(file, content)
+
+
+def _save(file: Any, content: Images) -> None:
+    header = {
+        'format': _FORMAT,
+        'num_classes': content.num_classes,
+        'source': content.source,
+    }
+    np.savez(
+        file,
+        header=np.array(json.dumps(header)),
+        images=content.images,
+        labels=content.labels,
+    )
+
+
 def _write_cache(
     path: pathlib.Path, dataset: str, split: str, label: str | None, root: pathlib.Path
 ) -> None:
@@ -116,18 +155,7 @@ def _write_cache(
         path.parent.mkdir(parents=True, exist_ok=True)
         # Opened before a long time is spent on what cannot be written.
         with files.replacing(path) as file:
-            content = _decode(builder, split, label, prepare_anew)
-            header = {
-                'format': _FORMAT,
-                'num_classes': content.num_classes,
-                'source': content.source,
-            }
-            np.savez(
-                file,
-                header=np.array(json.dumps(header)),
-                images=content.images,
-                labels=content.labels,
-            )
+            _save(file, _decode(builder, split, label, prepare_anew))
     except OSError as error:
         raise DataError(
             f'{path} cannot be written ({_describe(error)}). Give a cache_dir that can.'

@@ -82,13 +82,16 @@ class Experiment:
             state = state.replace(opt_state=placed)
         return batches.devices.replicate(state)
 
-    def evaluate(self, state: RunState) -> dict[str, float]:
-        """Accuracies and losses on the examples held back, of each kind there is."""
+    def variables(self, state: RunState) -> Any:
+        """The parameters that are evaluated, and the statistics of BatchNorm."""
         params = state.params
         if self.method.eval_params is not None:
             params = self.method.eval_params(state.opt_state, params)
-        variables = {'params': params, 'batch_stats': state.batch_stats}
-        return evaluate(self.model, variables, self.batches.dataset)
+        return {'params': params, 'batch_stats': state.batch_stats}
+
+    def evaluate(self, state: RunState) -> dict[str, float]:
+        """What :func:`.evaluation.evaluate` says of a state."""
+        return evaluate(self.model, self.variables(state), self.batches.dataset)
 
     def counts(self, state: RunState) -> dict[str, int]:
         """How many steps of the run so far were sampled, and how many in vain."""

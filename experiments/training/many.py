@@ -18,6 +18,8 @@ from experiments.training.experiment import Experiment, build
 
 # What makes a run: `experiments.training.loop.train`.
 Train = Callable[..., dict[str, Any]]
+# What else a line says of a run: of the job, its experiment, workdir and result.
+More = Callable[[Job, Experiment, pathlib.Path, Mapping[str, Any]], Mapping[str, Any]]
 
 
 class Maker:
@@ -31,15 +33,23 @@ class Maker:
         workdir: where runs are made.
         train: :func:`experiments.training.loop.train`.
         keep: whether the files of finished runs stay in the workdir.
+        more: ``more(job, experiment, path, result)`` is what a line says besides what
+            all lines say; None for nothing. The files of the run are in ``path``.
     """
 
     def __init__(
-        self, ledger: Ledger, workdir: pathlib.Path, train: Train, keep: bool = False
+        self,
+        ledger: Ledger,
+        workdir: pathlib.Path,
+        train: Train,
+        keep: bool = False,
+        more: More | None = None,
     ):
         self._ledger = ledger
         self._workdir = workdir
         self._train = train
         self._keep = keep
+        self._more = more
         self._data: tuple[str, Dataset] | None = None
         self._programs: dict[str, Experiment] = {}
 
@@ -92,6 +102,8 @@ class Maker:
         )
         wall = time.perf_counter() - begun
         line = {**line_of(result, job.tests, wall), 'settings': digest(job.config)}
+        if self._more is not None:
+            line |= self._more(job, experiment, path, result)
         self._ledger.add(job.key, {**job.notes, **line})
         if not self._keep:
             shutil.rmtree(path)

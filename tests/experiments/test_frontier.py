@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from experiments.common import configuration
-from experiments.common.ledger import Job, Ledger
+from experiments.common.ledger import Job, Ledger, quality
 from experiments.common.shards import Shard
 from experiments.methods import registry
+from experiments.methods.compared import METHODS, config_of
 from experiments.studies.frontier import __main__ as program
 from experiments.studies.frontier import cost, look, plan, protocol, report
-from experiments.studies.frontier.methods import METHODS
 from experiments.studies.frontier.protocol import Unit
 from experiments.studies.frontier.task import EFFORTS, Effort
 from experiments.studies.frontier.tasks import CANDIDATES, CHOSEN, NOISY, TASKS
-from experiments.training import many
+from experiments.training import many, plans
 from experiments.training.loop import train
 from tests.experiments.small import TASK
 
@@ -83,7 +83,7 @@ def test_every_task_is_complete(name):
     assert config.batch_size % 8 == 0  # A part of an eighth is possible.
     assert config.data.train >= config.batch_size
     for method in task.methods:
-        run = protocol.config_of(config, method, 0.1, 0.2, seed=3)
+        run = config_of(config, method, 0.1, 0.2, seed=3)
         configuration.check(run)
         made = registry.create(method, run.methods[method], run.optimizer, TASK)
         assert made.tx
@@ -130,8 +130,13 @@ def test_settings_are_chosen_before_they_are_tested(task, tmp_path):
     everything = protocol.jobs(ledger, {'mlp_200': task}, METHODS, only_tuning=True)
     assert not any(job.tests for job in everything)
     # A loss that is not finite is worst.
-    assert protocol.quality({'test': {'loss': None}}, 'test', 'loss') == -np.inf
-    assert protocol.quality({'test': {'loss': 2.0}}, 'test', 'loss') == -2
+    assert quality({'test': {'loss': None}}, 'test', 'loss') == -np.inf
+    assert quality({'test': {'loss': 2.0}}, 'test', 'loss') == -2
+
+
+def test_pieces_of_work_are_shared_out_by_their_length():
+    hours = {'a': 3.0, 'b': 2.0, 'c': 2.0, 'd': 0.5}
+    assert plans.share_out(hours, hours.__getitem__, 2) == [['a', 'd'], ['b', 'c']]
 
 
 def test_plan_runs_and_report(task, tmp_path, monkeypatch):
@@ -157,8 +162,8 @@ def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     plan.write(made, tmp_path)
     assert '| all |' in (tmp_path / 'plan.md').read_text()
 
-    long = json.loads((tmp_path / plan.PLAN).read_text())
-    (tmp_path / plan.PLAN).write_text(json.dumps({**long, 'hours': 9.0}))
+    long = json.loads((tmp_path / plans.PLAN).read_text())
+    (tmp_path / plans.PLAN).write_text(json.dumps({**long, 'hours': 9.0}))
     with pytest.raises(configuration.ConfigError, match='takes 9'):
         run()
     run(over=True)
@@ -195,12 +200,6 @@ def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     assert json.loads(decided.read_text())['recommended'] == 'steady_03'
     assert 'Decision: recommended: steady vSAM, η = 0.3' in table.read_text()
     assert figure.read_bytes().startswith(b'\x89PNG')
-
-
-def test_tasks_are_shared_out_by_their_length():
-    hours = {'a': 3.0, 'b': 2.0, 'c': 2.0, 'd': 0.5}
-    known = {'tasks': {name: {'hours': value} for name, value in hours.items()}}
-    assert plan.share_out(known, hours, 2) == [['a', 'd'], ['b', 'c']]
 
 
 def test_costs_are_geometric_means_over_networks():

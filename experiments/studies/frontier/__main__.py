@@ -20,15 +20,17 @@ from typing import Any
 from experiments.common import configuration, shards
 from experiments.common.ledger import Job, Ledger
 from experiments.common.shards import Shard
+from experiments.methods.compared import METHODS
 from experiments.report import tables
 from experiments.studies.frontier import plan, protocol, report
-from experiments.studies.frontier.methods import METHODS
 from experiments.studies.frontier.task import Task
 from experiments.studies.frontier.tasks import CHOSEN, TASKS
+from experiments.training import plans
 from experiments.training.loop import train
 from experiments.training.many import Maker
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
+WAY_OUT = 'leave out --tasks or --methods'
 
 
 def make_plan(
@@ -69,10 +71,10 @@ def run(
     Raises:
         ConfigError: without a plan of these tasks and methods, or if it is too long.
     """
-    known = plan.read(folder)
+    known = plans.read(folder)
     if known is None:
         raise configuration.ConfigError(
-            f'{folder} must hold {plan.PLAN}; make it with --plan and look at it.'
+            f'{folder} must hold {plans.PLAN}; make it with --plan and look at it.'
         )
     for name, task in tasks.items():
         lacking = {m for m in task.methods if m in methods} - set(
@@ -80,12 +82,14 @@ def run(
         )
         if lacking:
             raise configuration.ConfigError(
-                f'{plan.PLAN} must plan {", ".join(sorted(lacking))} on {name}; make it'
-                ' again with --plan.'
+                f'{plans.PLAN} must plan {", ".join(sorted(lacking))} on {name};'
+                ' make it again with --plan.'
             )
-    check_length(known, over)
+    plans.check_length(known, WAY_OUT, over)
     seconds = functools.partial(plan.run_seconds, known)
-    share = plan.share_out(known, tasks, shard.count)[shard.index]
+    # Whole tasks: where the other methods look for settings depends on SAM's.
+    hours = lambda name: known['tasks'][name]['hours']
+    share = plans.share_out(tasks, hours, shard.count)[shard.index]
     own = {name: tasks[name] for name in tasks if name in share}
     ledger = Ledger(folder / 'runs.jsonl')
     lines = [line for line in ledger if line['task'] in own]
@@ -105,16 +109,6 @@ def run(
         return []
 
     Maker(ledger, workdir, train).work(jobs, total=total, title='frontier')
-
-
-def check_length(known: dict[str, Any], over: bool) -> None:
-    """Raises ConfigError if a plan takes longer than is allowed."""
-    if known['hours'] > plan.LIMIT_HOURS and not over:
-        raise configuration.ConfigError(
-            f'the plan takes {known["hours"]:.1f} hours on {known["cores"]} cores, more'
-            f' than {plan.LIMIT_HOURS:.0f}: leave out --tasks or --methods, or allow it'
-            ' with --over.'
-        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -142,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.plan:
             made = make_plan(options.results, options.workdir, tasks, methods)
             tables.show('plan', *plan.rows_of(made))
-            check_length(made, options.over)
+            plans.check_length(made, WAY_OUT, options.over)
         elif options.report:
             for file in report.write(options.results):
                 print(f'written to {file}')

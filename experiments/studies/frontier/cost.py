@@ -20,11 +20,11 @@ from experiments.benchmark import programs
 from experiments.common import configuration, files, progress, timing
 from experiments.configs import cifar100_small
 from experiments.data import sources
+from experiments.methods.compared import METHODS, config_of
 from experiments.report import provenance, statistics, tables
-from experiments.studies.frontier import protocol
-from experiments.studies.frontier.methods import METHODS
 from experiments.studies.frontier.tasks import TASKS
-from experiments.training.experiment import Experiment, build
+from experiments.training.experiment import build
+from experiments.training.speed import Running
 
 RESULTS = pathlib.Path(__file__).parent / 'results' / 'cost.json'
 # A multiple of how often each method takes a second gradient.
@@ -75,41 +75,17 @@ NETWORKS = {
 }
 
 
-class _Run:
-    """A run that goes on for a chunk of steps at a time."""
+def _sampled(run: Running) -> float:
+    return run.experiment.counts(run.state)['num_samples'] / run.step
 
-    def __init__(self, experiment: Experiment):
-        self.experiment = experiment
-        self.state = experiment.init(0)
-        self._step = 0
-        self._batch = self._take()
-        experiment.step.compile(self.state, self._batch)
 
-    def _take(self) -> Any:
-        batches = self.experiment.batches
-        epoch, index = divmod(self._step, batches.steps_per_epoch)
-        if index == 0:
-            self._epoch = batches.epoch(0, epoch)
-        return batches.take(batches.dataset.train, self._epoch, index)
-
-    def chunk(self) -> Any:
-        for _ in range(CHUNK):
-            self.state = self.experiment.step(self.state, self._take())
-            self._step += 1
-        return self.state
-
-    def sampled(self) -> float:
-        counts = self.experiment.counts(self.state)
-        return counts['num_samples'] / self._step
-
-    def memory(self) -> int:
-        """Bytes of the largest of its programs, as the compiler counts them."""
-        step = self.experiment.step
-        function: Any = step.function
-        decisions = self.experiment.method.programs
-        jitted = [function.program(d) for d in decisions] or [function]
-        compiled = [p.lower(self.state, self._batch).compile() for p in jitted]
-        return max(programs.memory(executable)['peak'] for executable in compiled)
+def _memory(run: Running) -> int:
+    """Bytes of the largest of its programs, as the compiler counts them."""
+    function: Any = run.experiment.step.function
+    decisions = run.experiment.method.programs
+    jitted = [function.program(d) for d in decisions] or [function]
+    compiled = [p.lower(run.state, run.batch).compile() for p in jitted]
+    return max(programs.memory(executable)['peak'] for executable in compiled)
 
 
 def measure(
@@ -138,11 +114,9 @@ def measure(
     )
     rho, rate = network.pair
     runs = {
-        name: _Run(
+        name: Running(
             build(
-                protocol.config_of(
-                    config, name, rho * METHODS[name].centre, rate, seed=0
-                ),
+                config_of(config, name, rho * METHODS[name].centre, rate, seed=0),
                 dataset,
             )
         )
@@ -150,14 +124,16 @@ def measure(
     }
     seconds = timing.interleaved(
         {
-            name: functools.partial(timing.seconds_of, run.chunk)
+            name: functools.partial(
+                timing.seconds_of, functools.partial(run.chunk, CHUNK)
+            )
             for name, run in runs.items()
         },
         rounds,
         skipped=0,
         advance=advance,
     )
-    memory = {name: run.memory() for name, run in runs.items()}
+    memory = {name: _memory(run) for name, run in runs.items()}
     sgd = seconds['sgd']
     leaves = jax.tree.leaves(runs['sgd'].state.params)
     return {
@@ -171,7 +147,7 @@ def measure(
                     a / b for a, b in zip(taken, sgd, strict=True)
                 ),
                 'step_milliseconds': 1e3 * sum(taken) / rounds / CHUNK,
-                'sampled': runs[name].sampled(),
+                'sampled': _sampled(runs[name]),
                 'memory_bytes': memory[name],
                 'memory_times_sgd': memory[name] / memory['sgd'],
             }

@@ -1,21 +1,18 @@
 """How long all runs take, from a few short ones, before any is made."""
 
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments.common import configuration, files
 from experiments.common.ledger import Job, Ledger
-from experiments.report import provenance, tables
+from experiments.methods.compared import METHODS
 from experiments.studies.frontier import protocol
-from experiments.studies.frontier.methods import METHODS
 from experiments.studies.frontier.protocol import Unit
 from experiments.studies.frontier.task import Task
+from experiments.training import plans
 
-PLAN = 'plan.json'
 LIMIT_HOURS = 8.0
-CORES = 2
 # Seeds that nothing else is run with; the second run compiles nothing.
 SEEDS = (690, 691)
 # About so many steps are timed.
@@ -95,17 +92,7 @@ def make(
             'hours': sum(row['seconds'] for row in rows.values()) / 3600,
         }
     hours = sum(row['hours'] for row in found.values())
-    return files.jsonable(
-        {
-            'tasks': found,
-            'core_hours': hours,
-            'cores': CORES,
-            'hours': hours / CORES,
-            'limit_hours': LIMIT_HOURS,
-            'command': provenance.command(),
-            **provenance.environment(),
-        }
-    )
+    return files.jsonable({'tasks': found, **plans.total(hours, LIMIT_HOURS)})
 
 
 def rows_of(plan: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -137,44 +124,11 @@ def rows_of(plan: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def write(plan: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Writes ``plan.json`` and ``plan.md``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / PLAN, plan)
-    text = (
-        f'{tables.markdown(*rows_of(plan))}\nOn {plan["cores"]} cores, a process each:'
-        f' {plan["hours"]:.1f} hours (at most {plan["limit_hours"]:.0f}). Measured with'
-        f' runs of about {STEPS} steps on one core. Command: `{plan["command"]}`.\n'
-    )
-    with files.replacing(folder / 'plan.md') as file:
-        file.write(text.encode())
-
-
-def read(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The plan in a folder, None if there is none."""
-    path = folder / PLAN
-    return json.loads(path.read_text()) if path.exists() else None
+    note = f'Measured with runs of about {STEPS} steps on one core.'
+    plans.write(plan, folder, *rows_of(plan), note)
 
 
 def run_seconds(plan: Mapping[str, Any], task: str, method: str) -> float:
     """How long a run takes, that of a method with its share of the setup."""
     row = plan['tasks'][task]['methods'][method]
     return row['seconds'] / (row['tuning_runs'] + row['reported_runs'])
-
-
-def share_out(plan: Mapping[str, Any], tasks: Iterable[str], count: int) -> list[list]:
-    """Tasks for each of several processes, so that they take about as long.
-
-    Args:
-        plan: the plan.
-        tasks: names of its tasks.
-        count: how many processes there are.
-
-    Returns:
-        ``count`` lists of names. Whole tasks, since the settings of SAM on a task are
-        where those of the others start.
-    """
-    hours = lambda task: plan['tasks'][task]['hours']
-    shares: list[list[str]] = [[] for _ in range(count)]
-    for task in sorted(tasks, key=hours, reverse=True):
-        least = min(shares, key=lambda names: sum(map(hours, names)))
-        least.append(task)
-    return shares

@@ -6,9 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from experiments.common import configuration
-from experiments.common.ledger import Job, Ledger
-from experiments.studies.frontier.methods import METHODS
+from experiments.common.ledger import Job, Ledger, quality
+from experiments.methods.compared import METHODS, config_of
 from experiments.studies.frontier.task import Task
 
 # A radius and a learning rate.
@@ -75,37 +74,6 @@ class Unit:
             (float(f'{rho * method.centre * multiple:.4g}'), rate)
             for multiple in method.spacing
         ]
-
-
-def config_of(config: Any, method: str, rho: float, rate: float, seed: int) -> Any:
-    """The configuration of a run.
-
-    Args:
-        config: the task's.
-        method: one of :data:`METHODS`.
-        rho: its radius; SGD has none.
-        rate: its learning rate.
-        seed: the seed.
-    """
-    settings = METHODS[method].settings
-    known = dict(config.methods.get(settings['direction'], {}))
-    known.pop('optimizer', None)
-    chosen = {**known, **settings, 'title': METHODS[method].title}
-    if method != 'sgd':
-        chosen['rho'] = rho
-    config = configuration.with_values(config, {'seed': seed})
-    with config.unlocked():
-        config.methods = {method: {**chosen, 'optimizer': {'learning_rate': rate}}}
-        config.method = method
-    return config
-
-
-def quality(line: Mapping[str, Any], split: str, judge: str) -> float:
-    """How good a run is; more is better, and what is not finite is worst."""
-    value = line[split][judge]
-    if value is None:
-        return -float('inf')
-    return -value if judge == 'loss' else value
 
 
 def chosen(ledger: Ledger, unit: Unit, sam: Pair | None) -> Pair | None:

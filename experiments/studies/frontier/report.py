@@ -11,11 +11,12 @@ import matplotlib
 
 from experiments.common import files
 from experiments.common.ledger import Ledger
+from experiments.methods.compared import METHODS
 from experiments.report import plots, provenance, statistics, tables
-from experiments.studies.frontier import decision, plan, protocol
-from experiments.studies.frontier.methods import METHODS
+from experiments.studies.frontier import decision, protocol
 from experiments.studies.frontier.protocol import Unit
 from experiments.studies.frontier.tasks import TASKS
+from experiments.training import plans
 
 COSTS = 'cost.json'
 FILES = ('table.md', 'decision.json', 'frontier.png')
@@ -32,7 +33,7 @@ def write(folder: pathlib.Path) -> list[pathlib.Path]:
     Returns:
         The files.
     """
-    planned = plan.read(folder)
+    planned = plans.read(folder)
     known = {} if planned is None else planned['tasks']
     ledger = Ledger(folder / 'runs.jsonl')
     accuracies = {

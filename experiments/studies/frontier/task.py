@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from experiments.common import configuration
-from experiments.studies.frontier.methods import METHODS, Method
+from experiments.methods.compared import METHODS, Method
 
 
 @dataclasses.dataclass(frozen=True)

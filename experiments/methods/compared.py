@@ -1,7 +1,9 @@
-"""The methods: settings in a configuration, and where their radii are looked for."""
+"""Methods as studies compare them: settings, and where their radii are looked for."""
 
 import dataclasses
 from typing import Any
+
+from experiments.common import configuration
 
 # Multiples of the radius in the middle.
 NEAR = (0.5, 0.7, 1.0, 1.4, 2.0)
@@ -78,3 +80,26 @@ METHODS = {
     'aesam': Method('AE-SAM', {'direction': 'aesam'}, 1.4, cost='two'),
     'looksam': Method('LookSAM', {'direction': 'looksam'}, 0.25, FAR),
 }
+
+
+def config_of(config: Any, method: str, rho: float, rate: float, seed: int) -> Any:
+    """The configuration of a run.
+
+    Args:
+        config: the task's.
+        method: one of :data:`METHODS`.
+        rho: its radius; SGD has none.
+        rate: its learning rate.
+        seed: the seed.
+    """
+    settings = METHODS[method].settings
+    known = dict(config.methods.get(settings['direction'], {}))
+    known.pop('optimizer', None)
+    chosen = {**known, **settings, 'title': METHODS[method].title}
+    if method != 'sgd':
+        chosen['rho'] = rho
+    config = configuration.with_values(config, {'seed': seed})
+    with config.unlocked():
+        config.methods = {method: {**chosen, 'optimizer': {'learning_rate': rate}}}
+        config.method = method
+    return config

@@ -14,6 +14,8 @@ DEMO := .venv-demo/bin
 RELEASE := .venv-release/bin
 # What is never imported need not be compiled.
 PIP := --quiet --disable-pip-version-check --no-compile
+# Tests start processes that import the same again: compiled modules are kept.
+unexport PYTHONDONTWRITEBYTECODE
 # Environments for several accelerators stand side by side.
 BENCH_ENV := .venv-bench$(ACCELERATOR:%=-%)
 PAPER_ENV := .venv-paper$(ACCELERATOR:%=-%)
@@ -60,7 +62,10 @@ check: lint types .venv-test/.ready ## lint, types, tests of the library: one me
 	  -m 'not slow and not subprocess and not more_methods' \
 	  vsam_jax tests/library tests/test_layout.py
 
-test: lint types pytest wheel ## everything below but test-slow and bench
+# One process suffices for each of the two in the middle, and they share nothing.
+test: lint ## lint, types, wheel, pytest
+	$(MAKE) --jobs=2 --output-sync types wheel
+	$(MAKE) pytest
 
 lint: .venv-test/.ready ## ruff: style and formatting
 	$(TEST)/ruff check .

@@ -3,12 +3,14 @@
 import functools
 import json
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import vsam_jax
 
@@ -54,7 +56,7 @@ METHODS = {
     ),
 }
 
-# One of each kind; `make check` runs these, `make test` all.
+# One of each kind. `make check` runs these; `make test` runs all but in few tests.
 KINDS = ('vsam', 'steady_vsam', 'sam', 'asam', 'looksam', 'fsam', 'aesam')
 # Those with a plan; the others decide from the gradient, so that nobody can plan them.
 PLANNED = {name: method for name, method in METHODS.items() if name != 'aesam'}
@@ -64,6 +66,14 @@ ALWAYS = ('sam', 'asam', 'gsam', 'wsam', 'fsam', 'vasso', 'asyncsam')
 OTHER_DIRECTION = ('gsam', 'wsam')
 # Those whose first perturbation is not ρ g / ‖g‖.
 OTHER_PERTURBATION = ('asam', 'asam_every_third_step_decayed', 'asyncsam')
+
+
+def others_slow(names: Iterable[str], *kept: str) -> list[Any]:
+    """Parameters of a test that takes long: of each kind one, the others slow."""
+    quick = {*KINDS, *kept}
+    slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
+    return [name if name in quick else slow(name) for name in names]
+
 
 GOLDEN = pathlib.Path(__file__).parent / 'library' / 'golden'
 

@@ -208,6 +208,7 @@ def test_parameters_are_counted_and_seconds_extrapolated():
     assert widths.verdict(slow).startswith('No width')
 
 
+@pytest.mark.slow
 def test_plan_runs_and_table_of_a_tiny_task(tmp_path, monkeypatch):
     task = dataclasses.replace(TINY, checked=False)
     monkeypatch.setitem(TASKS, 'tiny', task)

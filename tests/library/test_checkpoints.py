@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import vsam_jax
 from tests import problems, processes
+from tests.library import resuming_run
 from tests.library.resuming_run import CONFIG, SETTINGS, optimizer, plain_state
 from vsam_jax import checkpoint
 from vsam_jax._state import only_state
@@ -261,12 +262,6 @@ def worker(folder: pathlib.Path) -> subprocess.Popen:
     )
 
 
-def result(process: subprocess.Popen, folder: pathlib.Path) -> dict[str, Any]:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return json.loads((folder / 'result.json').read_text())
-
-
 def kill_while_saving(folder: pathlib.Path) -> int | None:
     """Starts a run, kills it once step 8 is being saved; what is complete then."""
     steps = folder / 'steps'
@@ -291,9 +286,15 @@ def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(tmp
             break
     assert complete == 4
 
-    uninterrupted = worker(tmp_path / 'uninterrupted')
-    resumed = result(worker(killed), killed)
-    reference = result(uninterrupted, tmp_path / 'uninterrupted')
+    process = worker(killed)
+    uninterrupted = tmp_path / 'uninterrupted'
+    resuming_run.main(str(uninterrupted))  # In this process.
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    resumed, reference = (
+        json.loads((folder / 'result.json').read_text())
+        for folder in (killed, uninterrupted)
+    )
     assert (reference['first_step'], resumed['first_step']) == (0, 4)
     assert resumed['bits'] == reference['bits']
 

@@ -233,25 +233,35 @@ def by_hand(method: str, steps: int = STEPS) -> tuple[Any, list[bool]]:
     return train(step, first_state(tx), batches()[:steps])
 
 
+@pytest.mark.parametrize('planned', [True, False])
+@pytest.mark.usefixtures('x64')
+def test_devices_share_a_perturbation(planned):
+    # Of the other methods: test_every_method_trains_one_model.
+    assert_same_run(over_devices('vsam', planned), on_one_device('vsam'), 1e-11)
+
+
+@pytest.mark.usefixtures('x64')
+def test_a_planned_step_has_a_perturbation_per_device():
+    run = over_devices('vsam', planned=True, per_device=True)
+    assert_same_run(run, by_hand('vsam'), 1e-11)
+
+
+# AsyncSAM's perturbation is that of the mean.
 @pytest.mark.parametrize(
-    ('method', 'planned', 'per_device'),
-    [
-        ('vsam', True, False),
-        ('vsam', True, True),
-        # AsyncSAM's perturbation is that of the mean.
-        *((m, False, True) for m in METHODS if m != 'asyncsam'),
-        ('vsam', False, False),  # Of the others: test_whoever_builds_a_step.
-    ],
+    'method', problems.others_slow([m for m in METHODS if m != 'asyncsam'], 'vasso')
 )
 @pytest.mark.usefixtures('x64')
-def test_devices_share_a_perturbation_or_have_one_each(method, planned, per_device):
+def test_devices_have_a_perturbation_each(method):
+    run = over_devices(method, planned=False, per_device=True)
+    # ASAM's scales of small weights carry rounding on.
+    assert_same_run(run, by_hand(method), 1e-11)
+
+
+def over_devices(method: str, planned: bool, per_device: bool = False) -> Any:
     tx = optimizer(method)
     step = mapped_step(tx, axis_name='data', per_device=per_device)
     # That shard_map accepts out_specs=P() proves the state to be the same on all.
-    run = train(driver(step, planned), first_state(tx), batches())
-    reference = by_hand(method) if per_device else on_one_device(method)
-    # ASAM's scales of small weights carry rounding on.
-    assert_same_run(run, reference, 1e-11)
+    return train(driver(step, planned), first_state(tx), batches())
 
 
 @pytest.mark.usefixtures('x64')
@@ -563,8 +573,6 @@ def run_built(framework: str, method: str, mapping: str, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ('framework', 'mapping', 'method'),
     [
-        # Where nothing but the step itself keeps replicas together, every method.
-        *itertools.product(['linen'], ['unchecked'], [*METHODS, 'sgd']),
         *itertools.product(['linen'], ['checked', 'pmap'], ['vsam', 'asam', 'sgd']),
         *itertools.product(['nnx'], MAPPINGS, ['vsam', 'sgd']),
     ],
@@ -573,6 +581,17 @@ def run_built(framework: str, method: str, mapping: str, **options: Any) -> Any:
 def test_whoever_builds_a_step_with_an_axis_trains_one_model(
     framework, mapping, method
 ):
+    assert_one_model(framework, mapping, method)
+
+
+@pytest.mark.parametrize('method', problems.others_slow([*METHODS, 'sgd'], 'sgd'))
+@pytest.mark.usefixtures('x64')
+def test_every_method_trains_one_model(method):
+    # Nothing but the step itself keeps replicas together here.
+    assert_one_model('linen', 'unchecked', method)
+
+
+def assert_one_model(framework: str, mapping: str, method: str) -> None:
     run = run_built(framework, method, mapping, axis_name='data')
     problems.assert_close(run, on_one_device(method, FEW)[0], 1e-11, 1e-11)
 

@@ -53,14 +53,15 @@ def by_hand(name: str) -> tuple[Any, Any]:
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('framework', [run_linen, run_nnx])
-@pytest.mark.parametrize('name', problems.METHODS)
 class TestBuiltSteps:
+    @pytest.mark.parametrize('name', problems.METHODS)
     def test_micro_batches_are_the_whole_mini_batch_traced(self, name, framework):
         run = framework(
             name, batches(), planned=False, scaled=False, num_micro_batches=2
         )
         assert_same_run(run, by_hand(name), atol=1e-12)
 
+    @pytest.mark.parametrize('name', problems.others_slow(problems.METHODS))
     def test_a_loss_scale_does_not_show(self, name, framework):
         planned = name in problems.PLANNED
         run = framework(name, batches(), planned=planned, scaled=True)

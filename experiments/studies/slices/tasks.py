@@ -92,7 +92,7 @@ class Transformer(nn.Module):
     """
 
     num_classes: int
-    width: int = 32
+    width: int = 16
     depth: int = 2
     heads: int = 2
 

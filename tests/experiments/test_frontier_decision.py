@@ -93,7 +93,11 @@ def test_nothing_is_decided_while_runs_of_a_cheaper_one_are_missing():
     found = decision.decide(accuracies, COSTS)
     assert (found['verdict'], found['recommended']) == ('not decided', None)
     assert found['open'] == ['lean']
-    assert found['methods']['lean']['reasons'] == ['runs are missing: task2']
+    row = found['methods']['lean']
+    assert row['reasons'] == ['runs are missing: task2']
+    # What there is can be looked at.
+    assert (row['tasks'], row['planned'], len(row['each'])) == (5, 6, 5)
+    assert abs(row['minus_sam']['mean']) < 0.005
     # A dearer one that is missing changes nothing.
     found = decision.decide(accuracies, {**COSTS, 'lean': 1.5})
     assert found['recommended'] == 'steady'

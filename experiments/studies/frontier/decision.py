@@ -111,10 +111,10 @@ def judge(accuracies: Accuracies, name: str) -> dict[str, Any]:
         name: the method.
 
     Returns:
-        ``status`` and ``reasons``; ``tasks``, how many there are; and where no run is
-        missing ``minus_sam`` (mean, ``low`` and ``high``), ``kept``, the share of SAM's
-        gain, ``each``, the difference on each task, and ``worst``, the one whose upper
-        end is lowest.
+        ``status`` and ``reasons``; ``tasks``, on how many of those ``planned`` no run is
+        missing; and of these, if there are any, ``minus_sam`` (mean, ``low`` and
+        ``high``), ``kept``, the share of SAM's gain, ``each``, the difference on each
+        task, and ``worst``, the one whose upper end is lowest.
     """
     planned = {task: row for task, row in accuracies.items() if name in row}
     missing = [
@@ -122,12 +122,13 @@ def judge(accuracies: Accuracies, name: str) -> dict[str, Any]:
         for task, row in planned.items()
         if any(row[other] is None for other in ('sgd', 'sam', name))
     ]
-    found = {'tasks': len(planned)}
-    if missing:
-        reason = f'runs are missing: {", ".join(missing)}'
-        return {**found, 'status': OPEN, 'reasons': [reason]}
-    minus_sam = _differences(planned, name, 'sam')
-    gain = np.mean([np.mean(x) for x in _differences(planned, 'sam', 'sgd').values()])
+    complete = {task: row for task, row in planned.items() if task not in missing}
+    found = {'tasks': len(complete), 'planned': len(planned)}
+    unknown = [f'runs are missing: {", ".join(missing)}'] if missing else []
+    if not complete:
+        return {**found, 'status': OPEN, 'reasons': unknown}
+    minus_sam = _differences(complete, name, 'sam')
+    gain = np.mean([np.mean(x) for x in _differences(complete, 'sam', 'sgd').values()])
     pooled = bootstrap(list(minus_sam.values()))
     kept = 1 + pooled['mean'] / gain if gain > 0 else None
     intervals = {
@@ -153,6 +154,8 @@ def judge(accuracies: Accuracies, name: str) -> dict[str, Any]:
     if not reasons and len(planned) < len(accuracies):
         lacking = [task for task in accuracies if task not in planned]
         status, reasons = OPEN, [f'was not run on {", ".join(lacking)}']
+    if unknown:
+        status, reasons = OPEN, unknown
     return {
         **found,
         'status': status,

@@ -101,11 +101,16 @@ def rows_of(
                 f'{TASKS[worst["task"]].title}: {tables.points(worst)}'
                 if worst
                 else '–',
-                str(row['tasks']),
+                _tasks(row),
                 f'{row["status"]}{reasons}',
             ]
         )
     return header, rows
+
+
+def _tasks(row: Mapping[str, Any]) -> str:
+    lacking = row['tasks'] < row['planned']
+    return f'{row["tasks"]} of {row["planned"]}' if lacking else str(row['tasks'])
 
 
 def rows_of_tasks(

@@ -197,7 +197,11 @@ def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     networks = {name: {'title': name, 'methods': costs} for name in ('a', 'b')}
     (tmp_path / report.COSTS).write_text(json.dumps({'networks': networks}))
     table, decided, figure = report.write(tmp_path)
-    assert json.loads(decided.read_text())['recommended'] == 'steady_03'
+    found = json.loads(decided.read_text())
+    assert found['recommended'] == 'steady_03'
+    assert [*report.by_cost(found)][:2] == ['sgd', 'sam']
+    assert found['references']['sam']['minus_sam']['mean'] == 0
+    assert found['references']['sgd']['kept'] == 0
     assert 'Decision: recommended: steady vSAM, η = 0.3' in table.read_text()
     assert figure.read_bytes().startswith(b'\x89PNG')
 

@@ -111,8 +111,8 @@ def judge(accuracies: Accuracies, name: str) -> dict[str, Any]:
         name: the method.
 
     Returns:
-        ``status`` and ``reasons``; ``tasks``, on how many of those ``planned`` no run is
-        missing; and of these, if there are any, ``minus_sam`` (mean, ``low`` and
+        ``status`` and ``reasons``; ``tasks``, on how many of those ``planned`` no run
+        is missing; and of these, if there are any, ``minus_sam`` (mean, ``low`` and
         ``high``), ``kept``, the share of SAM's gain, ``each``, the difference on each
         task, and ``worst``, the one whose upper end is lowest.
     """

@@ -20,6 +20,8 @@ from experiments.training import plans
 
 COSTS = 'cost.json'
 FILES = ('table.md', 'decision.json', 'frontier.png')
+# What SGD and SAM are: they are compared with, not decided about.
+REFERENCE = 'reference'
 _LN2 = math.log(2)
 
 
@@ -45,7 +47,13 @@ def write(folder: pathlib.Path) -> list[pathlib.Path]:
     }
     path = folder / COSTS
     costs = json.loads(path.read_text())['networks'] if path.exists() else {}
-    found = decision.decide(accuracies, relative(costs, 'times_sgd'))
+    times = relative(costs, 'times_sgd')
+    found = decision.decide(accuracies, times)
+    found['references'] = {
+        name: {**decision.judge(accuracies, name), 'cost': times.get(name)}
+        | {'status': REFERENCE, 'reasons': []}
+        for name in ('sgd', 'sam')
+    }
     paths = [folder / name for name in FILES]
     content = {**found, **provenance.environment(), 'command': provenance.command()}
     files.write_json(paths[1], content)
@@ -81,11 +89,8 @@ def rows_of(
     header = ['Method', 'Time × SGD', 'Memory × SGD', '− SAM', 'Of SAM’s gain, %']
     header += ['Worst task', 'Tasks', 'Decision']
     memory = relative(costs, 'memory_times_sgd')
-    judged = found['methods']
-    order = sorted(judged, key=lambda name: judged[name]['cost'] or math.inf)
     rows = []
-    for name in order:
-        row = judged[name]
+    for name, row in by_cost(found).items():
         times = [n['methods'][name]['times_sgd'] for n in costs.values() if row['cost']]
         worst = row.get('worst')
         reasons = f': {"; ".join(row["reasons"])}' if row['reasons'] else ''
@@ -106,6 +111,13 @@ def rows_of(
             ]
         )
     return header, rows
+
+
+def by_cost(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a decision says of SGD, SAM and the methods, the cheapest first."""
+    rows = {**found['references'], **found['methods']}
+    order = sorted(rows, key=lambda name: rows[name]['cost'] or math.inf)
+    return {name: rows[name] for name in order}
 
 
 def _tasks(row: Mapping[str, Any]) -> str:
@@ -187,9 +199,11 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
     """Accuracy − SAM against time × SGD: a point per method, with its interval."""
     with matplotlib.rc_context(plots.SETTINGS):
         figure, axes = plots.new_figure(6.4, 4.2)
+        # Not where it fails, or was not run on all tasks.
+        filled = (decision.PASSES, REFERENCE)
         shown = {
             name: row
-            for name, row in found['methods'].items()
+            for name, row in by_cost(found).items()
             if row['cost'] and 'minus_sam' in row
         }
         for name, row in shown.items():
@@ -205,8 +219,7 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
                 color=color,
                 marker=marker,
                 markersize=7,
-                # Open where it was not run on all tasks, or fails.
-                markerfacecolor=color if row['status'] == decision.PASSES else 'white',
+                markerfacecolor=color if row['status'] in filled else 'white',
                 linewidth=1.2,
             )
             axes.annotate(

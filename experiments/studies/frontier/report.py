@@ -54,6 +54,9 @@ def write(folder: pathlib.Path) -> list[pathlib.Path]:
         | {'status': REFERENCE, 'reasons': []}
         for name in ('sgd', 'sam')
     }
+    memory = relative(costs, 'memory_times_sgd')
+    for name, row in by_cost(found).items():
+        row['memory'] = memory.get(name)
     paths = [folder / name for name in FILES]
     content = {**found, **provenance.environment(), 'command': provenance.command()}
     files.write_json(paths[1], content)
@@ -88,7 +91,6 @@ def rows_of(
     """Header and rows of what is decided: a method per row, the cheapest first."""
     header = ['Method', 'Time × SGD', 'Memory × SGD', '− SAM', 'Of SAM’s gain, %']
     header += ['Worst task', 'Tasks', 'Decision']
-    memory = relative(costs, 'memory_times_sgd')
     rows = []
     for name, row in by_cost(found).items():
         times = [n['methods'][name]['times_sgd'] for n in costs.values() if row['cost']]
@@ -100,7 +102,7 @@ def rows_of(
                 f'{row["cost"]:.2f} ({min(times):.2f}–{max(times):.2f})'
                 if row['cost']
                 else '–',
-                f'{memory[name]:.2f}' if name in memory else '–',
+                f'{row["memory"]:.2f}' if row['memory'] else '–',
                 tables.points(row.get('minus_sam')),
                 f'{100 * row["kept"]:.0f}' if row.get('kept') is not None else '–',
                 f'{TASKS[worst["task"]].title}: {tables.points(worst)}'

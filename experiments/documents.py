@@ -19,11 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.benchmark import report, variants
-from experiments.methods.compared import METHODS
 from experiments.report import tables
 from experiments.report.provenance import device_of
-from experiments.studies.frontier.decision import KEPT
-from experiments.studies.frontier.report import by_cost
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENTS = pathlib.Path(__file__).parent
@@ -49,29 +46,25 @@ def _comparison(folder: str) -> str:
 
 
 def _gains() -> str:
-    """The frontier in the few columns that a newcomer needs."""
-    found = _load('studies/frontier/results/decision.json')
-    header = ['Method', 'Time × SGD', 'Memory × SGD', '− SAM, points']
-    header += ['Of what SAM gains, %']
-    shown = {name: row for name, row in by_cost(found).items() if 'minus_sam' in row}
+    """A comparison in the few columns that a newcomer needs."""
+    summary = _load('results/digits/compare.json')
+    methods, first = summary['methods'], summary['baseline']
+    header = ['Method', 'Accuracy, %', f'Time × {methods[first]["title"]}']
+    header += [f'− {methods[first]["title"]}, points', '− SAM, points']
     rows = [
         [
-            METHODS[name].title,
-            f'{row["cost"]:.2f}' if row['cost'] else '',
-            f'{row["memory"]:.2f}' if row['memory'] else '',
-            '–' if name == 'sam' else tables.points(row['minus_sam']),
-            '' if row['kept'] is None else f'{100 * row["kept"]:.0f}',
+            method['title'],
+            tables.percent(method['test_accuracy']),
+            tables.quartiles(method['relative_time']),
+            *(tables.points(method['differences'].get(x)) for x in (first, 'sam')),
         ]
-        for name, row in shown.items()
-        # The others miss so much of SAM's gain that they are no alternative.
-        if name == 'sgd' or row['kept'] is None or row['kept'] >= KEPT
+        for method in methods.values()
     ]
-    numbers = {row['tasks'] for row in shown.values()}
-    tasks = '–'.join(str(n) for n in sorted({min(numbers), max(numbers)}))
     return (
-        f'{tables.markdown(header, rows)}\nMean over {tasks} tasks, with its 95 %'
-        ' interval; methods that keep less than 80 % of what SAM gains are left out;'
-        f' {device_of(found)}, jax {found["versions"]["jax"]}.\n'
+        f'{tables.markdown(header, rows)}\nMean ± standard deviation over'
+        f' {len(methods[first]["seeds"])} seeds; time of a step, median (quartiles);'
+        ' differences of runs with the same seed, with 95 % intervals;'
+        f' {device_of(summary)}, jax {summary["versions"]["jax"]}.\n'
     )
 
 
@@ -212,7 +205,6 @@ TABLES: dict[str, Callable[[], str]] = {
     'slices': _slices,
     'driver': _driver,
     'lsq_images': lambda: _comparison('studies/quantization/results/cifar100_small/4'),
-    'frontier': lambda: _of_study('frontier/results/table.md'),
     'controllers': lambda: _of_study('controllers/results/summary.md'),
     'noise': lambda: _of_study('noise/results/noise.md'),
     'defects': lambda: _of_study('defects/results/table.md'),

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.common import configuration, shards
+from experiments.common import configuration, names, shards
 from experiments.common.ledger import Job, Ledger
 from experiments.common.shards import Shard
 from experiments.methods.compared import METHODS
@@ -116,21 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--plan', action='store_true', help='how long it all takes')
     parser.add_argument('--report', action='store_true', help='tables and figure')
-    parser.add_argument('--tasks', default=','.join(CHOSEN))
-    parser.add_argument('--methods', default=','.join(METHODS))
+    parser.add_argument('--tasks', type=names.of(TASKS), default=list(CHOSEN))
+    parser.add_argument('--methods', type=names.of(METHODS), default=list(METHODS))
     parser.add_argument('--shard', default='', help='index/count: a share of the tasks')
     parser.add_argument('--over', action='store_true', help='allow a longer plan')
     parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
     parser.add_argument('--workdir', type=pathlib.Path, default='runs/frontier')
     options = parser.parse_args(arguments)
-    names, methods = options.tasks.split(','), options.methods.split(',')
-    for flag, given, known in (
-        ('--tasks', names, TASKS),
-        ('--methods', methods, METHODS),
-    ):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f'{flag}: {", ".join(unknown)}: there are {", ".join(known)}')
-    tasks = {name: TASKS[name] for name in names}
+    tasks, methods = {name: TASKS[name] for name in options.tasks}, options.methods
     try:
         shard = shards.parse(options.shard)
         if options.plan:

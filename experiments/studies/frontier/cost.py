@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.benchmark import programs
-from experiments.common import configuration, files, progress, timing
+from experiments.common import configuration, files, names, progress, timing
 from experiments.configs import cifar100_small
 from experiments.data import sources
 from experiments.methods.compared import METHODS, config_of
@@ -178,27 +178,20 @@ def rows_of(content: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what the arguments say."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--networks', default=','.join(NETWORKS))
-    parser.add_argument('--methods', default=','.join(METHODS))
+    for flag, known in (('--networks', NETWORKS), ('--methods', METHODS)):
+        parser.add_argument(flag, type=names.of(known), default=list(known))
     parser.add_argument('--output', type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    networks, methods = options.networks.split(','), options.methods.split(',')
-    for flag, given, known in (
-        ('--networks', networks, NETWORKS),
-        ('--methods', methods, METHODS),
-    ):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f'{flag}: {", ".join(unknown)}: there are {", ".join(known)}')
     path = options.output
     content: dict[str, Any] = {'networks': {}}
     if path.exists():
         content = json.loads(path.read_text())
-    with progress.bar(len(networks), 'cost') as bar:
-        for name in networks:
+    with progress.bar(len(options.networks), 'cost') as bar:
+        for name in options.networks:
             bar.note(name)
             if name not in content['networks']:
-                names = dict.fromkeys(('sgd', *methods))
-                content['networks'][name] = measure(NETWORKS[name], names)
+                methods = dict.fromkeys(('sgd', *options.methods))
+                content['networks'][name] = measure(NETWORKS[name], methods)
                 content |= {
                     'command': provenance.command(),
                     **provenance.environment(),

@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from experiments.common import files
+from experiments.common import files, names
 from experiments.common.ledger import Ledger
 from experiments.report import provenance, statistics, tables
 from experiments.studies.frontier import protocol
@@ -118,21 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what the arguments say."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=pathlib.Path, required=True)
-    parser.add_argument('--tasks', default=','.join(CANDIDATES))
+    parser.add_argument('--tasks', type=names.of(CANDIDATES), default=list(CANDIDATES))
     parser.add_argument(
         '--epochs', type=float, default=1.0, help='the share of the epochs that is run'
     )
     parser.add_argument('--seeds', type=int, default=2, help='how many are reported')
     parser.add_argument('--workdir', type=pathlib.Path, default='runs/frontier_look')
     options = parser.parse_args(arguments)
-    names = options.tasks.split(',')
-    unknown = [name for name in names if name not in CANDIDATES]
-    if unknown:
-        parser.error(
-            f'--tasks: {", ".join(unknown)}: there are {", ".join(CANDIDATES)}'
-        )
     looks = {
-        name: look_of(CANDIDATES[name], options.epochs, options.seeds) for name in names
+        name: look_of(CANDIDATES[name], options.epochs, options.seeds)
+        for name in options.tasks
     }
     ledger = Ledger(options.output)
     runs = sum(sum(protocol.count(t, m)[1:]) for t in looks.values() for m in METHODS)

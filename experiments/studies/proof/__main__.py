@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.common import configuration, progress, shards
+from experiments.common import configuration, names, progress, shards
 from experiments.common.ledger import Job, Ledger
 from experiments.common.shards import Shard
 from experiments.data import sources
@@ -111,22 +111,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--plan', action='store_true', help='how long it all takes')
     parser.add_argument('--report', action='store_true', help='the table')
-    parser.add_argument('--tasks', default=','.join(CHOSEN))
+    parser.add_argument('--tasks', type=names.of(TASKS), default=list(CHOSEN))
     parser.add_argument('--entries', default='', help='those of the tasks if empty')
     parser.add_argument('--shard', default='', help='index/count: a share of the runs')
     parser.add_argument('--over', action='store_true', help='allow a longer plan')
     parser.add_argument('--results', type=pathlib.Path, default=RESULTS)
     parser.add_argument('--workdir', type=pathlib.Path, default='runs/proof')
     options = parser.parse_args(arguments)
-    names = options.tasks.split(',')
-    if unknown := [name for name in names if name not in TASKS]:
-        parser.error(f'--tasks: {", ".join(unknown)}: there are {", ".join(TASKS)}')
-    tasks = {name: TASKS[name] for name in names}
+    tasks = {name: TASKS[name] for name in options.tasks}
     there = dict.fromkeys(entry for task in tasks.values() for entry in task.entries)
-    entries = options.entries.split(',') if options.entries else list(there)
-    if unknown := [entry for entry in entries if entry not in there]:
-        parser.error(f'--entries: {", ".join(unknown)}: there are {", ".join(there)}')
     try:
+        entries = names.of(there)(options.entries) if options.entries else list(there)
         shard = shards.parse(options.shard)
         if options.plan:
             made = make_plan(options.results, tasks)
@@ -136,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f'written to {report.write(options.results)}')
         else:
             run(options.results, options.workdir, tasks, entries, shard, options.over)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f'--entries: {error}')
     except configuration.ConfigError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

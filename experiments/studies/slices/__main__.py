@@ -9,10 +9,10 @@ What is finished in the output is not made again, so that an interrupted run goe
 import argparse
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from experiments.common import progress
+from experiments.common import names, progress
 from experiments.report import provenance, statistics
 from experiments.studies.slices import methods, report, screen, tasks
 
@@ -24,10 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs what the arguments say."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--output', type=pathlib.Path, required=True)
-    parser.add_argument('--tasks', type=_names(tasks.TASKS), default=list(tasks.TASKS))
-    parser.add_argument(
-        '--methods', type=_names(methods.METHODS), default=list(methods.METHODS)
-    )
+    for flag, known in (('--tasks', tasks.TASKS), ('--methods', methods.METHODS)):
+        parser.add_argument(flag, type=names.of(known), default=list(known))
     parser.add_argument('--seeds', type=int, default=50, help='how many are reported')
     parser.add_argument(
         '--check', action='store_true', help='SGD and SAM as the trainer runs them'
@@ -37,19 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(options.output)
     else:
         run(options.output, options.tasks, options.methods, options.seeds)
-
-
-def _names(known: Any) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
-        found = text.split(',')
-        unknown = [name for name in found if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(
-                f'{", ".join(unknown)}: there are {", ".join(known)}'
-            )
-        return found
-
-    return names
 
 
 def run(
@@ -77,8 +62,8 @@ def run(
         if earlier != seeds:
             raise SystemExit(f'{output} has {len(earlier)} seeds of {task}: --seeds')
     content['tuning_seeds'] = list(tuning)
-    names = [*dict.fromkeys(('sam', 'sgd', *method_names))]
-    todo = [(t, m) for t in task_names for m in names if f'{t}/{m}' not in units]
+    wanted = [*dict.fromkeys(('sam', 'sgd', *method_names))]
+    todo = [(t, m) for t in task_names for m in wanted if f'{t}/{m}' not in units]
     total = sum(screen.num_calls(tasks.TASKS[t], m, tuning, seeds) for t, m in todo)
     with progress.bar(total, 'slices') as bar:
         for task, name in todo:

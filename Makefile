@@ -1,5 +1,5 @@
 # make demo   trains on handwritten digits with wrong labels and shows what is gained
-# make check  lint, types, the tests of the library: while one works on it
+# make check  lint, types, the tests of a step: while one works on it
 # make test   lint, types, tests, doctests, wheel; what continuous integration runs
 # make help   all of them
 
@@ -57,12 +57,16 @@ $(PAPER_ENV)/.ready: EXTRA = data,experiments$(ACCELERATOR:%=,%)
 demo: .venv-demo/.ready ## the main job: five methods on noisy digits; results in demo/
 	$(DEMO)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=demo
 
-check: lint types .venv-test/.ready ## lint, types, tests of the library: one method of each kind, no subprocesses
-	$(TEST)/python -m pytest -n $(JOBS) --dist worksteal \
-	  -m 'not slow and not subprocess and not more_methods' \
+check: lint ## lint, types, tests of steps: one method of each kind, no subprocesses
+	$(MAKE) --jobs=2 types steps
+
+.PHONY: steps
+steps: .venv-test/.ready
+	$(TEST)/python -m pytest -q -n $(JOBS) --dist worksteal \
+	  -m 'not slow and not subprocess and not more_methods and not around' \
 	  vsam_jax tests/library tests/test_layout.py
 
-# One process suffices for each of the two in the middle, and they share nothing.
+# Types and wheel take a process each, and share nothing.
 test: lint ## lint, types, wheel, pytest
 	$(MAKE) --jobs=2 --output-sync types wheel
 	$(MAKE) pytest

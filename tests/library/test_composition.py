@@ -14,6 +14,8 @@ import vsam_jax
 from tests import problems
 from vsam_jax._state import only_state
 
+pytestmark = pytest.mark.around
+
 
 def run(tx, params, batches, driver='traced', loss=problems.toy_loss):
     """Parameters and optimizer state after one step per batch."""

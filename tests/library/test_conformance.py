@@ -4,6 +4,8 @@ import pytest
 
 from tests.library import conformance
 
+pytestmark = pytest.mark.around
+
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('name', conformance.CASES)

@@ -24,6 +24,8 @@ import vsam_jax
 from tests import problems
 from vsam_jax import convolutions
 
+pytestmark = pytest.mark.around
+
 
 @pytest.fixture(autouse=True)
 def every_fallback_warns(monkeypatch):

@@ -36,6 +36,8 @@ from tests.library.sharded_runs import (
 )
 from vsam_jax._state import only_state, states_in
 
+pytestmark = pytest.mark.around
+
 
 def first_state(tx: optax.GradientTransformation) -> tuple[Any, Any]:
     params = problems.mlp_params(dtype=jnp.float64)

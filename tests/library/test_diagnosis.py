@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import vsam_jax
 from vsam_jax import perturbation
 
+pytestmark = pytest.mark.around
+
 RHOS = (0.02, 0.3, 2.0)
 CURVATURE = np.array([1.0, 4.0, 10.0])
 

@@ -12,6 +12,8 @@ import pytest
 
 import vsam_jax
 
+pytestmark = pytest.mark.around
+
 PAGES = pathlib.Path(__file__).parents[2] / 'docs' / 'coming_from'
 # By how much the parameters of both runs may differ; the pages say where it comes from.
 DIFFERENCES = {

@@ -15,6 +15,8 @@ from flax.training import train_state
 import vsam_jax
 from tests import problems
 
+pytestmark = pytest.mark.around
+
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 Y = jnp.sum(X, axis=1, keepdims=True)
 

@@ -94,6 +94,27 @@ def test_the_direction_is_g_of_all_and_s_of_the_slice(name):
         np.testing.assert_allclose(state.rings.ratios[-1], ratio, rtol=1e-10)
 
 
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize(
+    ('method', 'rule'),
+    [
+        (vsam_jax.gsam(0.1, alpha=0.3), vsam_jax.reuse.SurrogateGap(0.3)),
+        (vsam_jax.wsam(0.1, gamma=0.6), vsam_jax.reuse.Amplified(1.5)),
+    ],
+)
+def test_rules_that_combine_gradients_get_g_of_all_and_g_plus_s(method, rule):
+    params, batch = problems.toy_params(jnp.float64), batches()[0]
+    of_slice = jax.grad(lambda p: mean_loss(p, batch[::4]))
+    grads, own = jax.jit(jax.grad(mean_loss))(params, batch), jax.jit(of_slice)(params)
+    direction, _ = jax.jit(functools.partial(method.update, psf_grad_fn=of_slice))(
+        grads, method.init(params), params
+    )
+    ascent = optax.tree.scale(0.1 / optax.tree.norm(own), own)
+    psf = optax.tree.sub(jax.jit(of_slice)(optax.tree.add(params, ascent)), own)
+    expected = rule.combine(grads, optax.tree.add(grads, psf))
+    problems.assert_close(direction, expected)
+
+
 @pytest.mark.parametrize('name', [n for n in problems.KINDS if n != 'looksam'])
 def test_at_radius_zero_the_direction_is_the_gradient_to_the_bit(name):
     method = problems.METHODS[name](0.0)

@@ -58,7 +58,7 @@ demo: .venv-demo/.ready ## the main job: five methods on noisy digits; results i
 	$(DEMO)/python -m experiments.compare --config=experiments/configs/digits.py --workdir=demo
 
 check: lint ## lint, types, tests of steps: one method of each kind, no subprocesses
-	$(MAKE) --jobs=2 types steps
+	$(MAKE) --jobs=2 types steps CHECKED='vsam_jax tests/library'
 
 .PHONY: steps
 steps: .venv-test/.ready
@@ -80,7 +80,7 @@ format: .venv-test/.ready ## ruff: puts style and formatting right
 	$(TEST)/ruff format .
 
 types: .venv-test/.ready ## pyright
-	$(TEST)/pyright --pythonpath $(TEST)/python
+	$(TEST)/pyright --pythonpath $(TEST)/python $(CHECKED)
 
 pytest: .venv-test/.ready ## tests and doctests
 	$(TEST)/python -m pytest -n $(JOBS) --dist worksteal

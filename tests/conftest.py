@@ -36,7 +36,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
 
 # Tracing makes many small objects that live long. To look through all of them as often
 # as Python does by default is a tenth of the time, and more as they become more.
-gc.set_threshold(50_000, 20, 50)
+gc.set_threshold(500_000, 20, 50)
 
 hypothesis.settings.register_profile(
     'default',

@@ -16,6 +16,8 @@ from flax import nnx
 import vsam_jax
 from tests import problems, processes
 
+pytestmark = pytest.mark.around
+
 TX = optax.chain(problems.METHODS['vsam'](0.1), optax.sgd(0.05, momentum=0.9))
 NUMBER = 14
 

@@ -25,6 +25,8 @@ from tests.library.resuming_run import CONFIG, SETTINGS, optimizer, plain_state
 from vsam_jax import checkpoint
 from vsam_jax._state import only_state
 
+pytestmark = pytest.mark.around
+
 # Warm-up is over after 7 steps; 9 is the middle of the window from 7 to 10.
 SAVE_AT, STEPS = 9, 17
 

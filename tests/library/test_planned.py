@@ -16,6 +16,8 @@ from tests import problems
 from vsam_jax._buffers import with_own_buffers
 from vsam_jax._state import only_state
 
+pytestmark = pytest.mark.around
+
 WINDOW = 6
 
 

@@ -57,10 +57,18 @@ def write(
         file.write(text.encode())
 
 
-def read(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The plan in a folder, None if there is none."""
+def read(folder: pathlib.Path) -> dict[str, Any]:
+    """The plan in a folder.
+
+    Raises:
+        ConfigError: if there is none.
+    """
     path = folder / PLAN
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        raise configuration.ConfigError(
+            f'{folder} must hold {PLAN}; make it with --plan and look at it.'
+        )
+    return json.loads(path.read_text())
 
 
 def check_length(plan: Mapping[str, Any], way_out: str, over: bool = False) -> None:

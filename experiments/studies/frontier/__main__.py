@@ -72,10 +72,6 @@ def run(
         ConfigError: without a plan of these tasks and methods, or if it is too long.
     """
     known = plans.read(folder)
-    if known is None:
-        raise configuration.ConfigError(
-            f'{folder} must hold {plans.PLAN}; make it with --plan and look at it.'
-        )
     for name, task in tasks.items():
         lacking = {m for m in task.methods if m in methods} - set(
             known['tasks'].get(name, {}).get('methods', ())

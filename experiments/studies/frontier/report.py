@@ -34,9 +34,11 @@ def write(folder: pathlib.Path) -> list[pathlib.Path]:
 
     Returns:
         The files.
+
+    Raises:
+        ConfigError: if there is no plan.
     """
-    planned = plans.read(folder)
-    known = {} if planned is None else planned['tasks']
+    known = plans.read(folder)['tasks']
     ledger = Ledger(folder / 'runs.jsonl')
     accuracies = {
         name: {

@@ -81,7 +81,7 @@ def run(
     Raises:
         ConfigError: without a plan of these tasks and entries, or if it is too long.
     """
-    known = plan.known(folder)
+    known = plans.read(folder)
     planned = plan.units(known, tasks, entries)
     plans.check_length(known, WAY_OUT, over)
     # Entries of the same method share the runs that settings are chosen with.

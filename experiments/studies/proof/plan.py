@@ -128,20 +128,6 @@ def units(
     return found
 
 
-def known(folder: pathlib.Path) -> dict[str, Any]:
-    """The plan in a folder.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    found = plans.read(folder)
-    if found is None:
-        raise configuration.ConfigError(
-            f'{folder} must hold {plans.PLAN}; make it with --plan and look at it.'
-        )
-    return found
-
-
 def rows_of(plan: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table: an entry per row, and the sum."""
     header = ['Task', 'Parameters', 'Entry', 'Epochs', 'Step, ms', 'Seconds a run']

@@ -14,6 +14,7 @@ from experiments.studies.proof.protocol import Unit
 from experiments.studies.proof.rounding import BITS
 from experiments.studies.proof.task import TUNING_SEED
 from experiments.studies.proof.tasks import TASKS
+from experiments.training import plans
 
 # Who fits less of the labels that it was trained on underfits.
 FITTED = 0.9
@@ -33,7 +34,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     Raises:
         ConfigError: without a plan.
     """
-    known = plan.known(folder)
+    known = plans.read(folder)
     ledger = Ledger(folder / 'runs.jsonl')
     parts = []
     for name, planned in known['tasks'].items():

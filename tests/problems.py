@@ -68,11 +68,15 @@ OTHER_DIRECTION = ('gsam', 'wsam')
 OTHER_PERTURBATION = ('asam', 'asam_every_third_step_decayed', 'asyncsam')
 
 
-def others_slow(names: Iterable[str], *kept: str) -> list[Any]:
-    """Parameters of a test that takes long: of each kind one, the others slow."""
-    quick = {*KINDS, *kept}
+def slow_but(kept: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Parameters of a test that takes long: all of ``names``, slow but those kept."""
     slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
-    return [name if name in quick else slow(name) for name in names]
+    return [name if name in kept else slow(name) for name in names]
+
+
+def others_slow(names: Iterable[str], *kept: str) -> list[Any]:
+    """Methods of a test that takes long: of each kind one, the others slow."""
+    return slow_but({*KINDS, *kept}, names)
 
 
 GOLDEN = pathlib.Path(__file__).parent / 'library' / 'golden'

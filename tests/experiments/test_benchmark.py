@@ -68,6 +68,7 @@ def test_a_second_gradient_is_in_the_steps_that_should_have_one():
     assert in_five == pytest.approx(rows[variants.REUSE]['flops'] + added / 5)
 
 
+@pytest.mark.slow
 def test_a_step_written_by_hand_has_the_convolutions_of_jax(monkeypatch):
     # As little as that is in portions, so that there are loops in the builder's step.
     monkeypatch.setattr(convolutions, '_cache', lambda: 1)

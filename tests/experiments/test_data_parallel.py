@@ -25,6 +25,7 @@ from experiments.data import sources
 from experiments.training import checkpoints, run_files, run_log
 from experiments.training.experiment import Experiment, build
 from experiments.training.loop import train
+from tests import problems
 from tests.processes import ROOT, free_port
 
 # No number of examples is a multiple of the number of devices, and ESAM's second
@@ -153,7 +154,7 @@ def test_devices_find_examples_wherever_they_are_and_move_no_others():
 # --- Training -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize('method', ['vsam', 'esam', 'saf'])
+@pytest.mark.parametrize('method', problems.slow_but(['vsam'], ['vsam', 'esam', 'saf']))
 def test_a_run_is_the_same_on_one_device_and_on_four(method, tmp_path):
     one, four = (run(tmp_path / str(n), method, n) for n in (1, 4))
     assert_same_to_rounding(one, four)

@@ -119,6 +119,7 @@ def test_runs_are_those_of_the_task_with_bfloat16(tmp_path):
     assert rows[0][1:6] == ['1', '50.0', '50.0', '1.000', '25.0']
 
 
+@pytest.mark.slow
 def test_steps_with_slices_and_their_line(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, '_SECONDS', 0)
     ledger = Ledger(tmp_path / 'gpu.jsonl')

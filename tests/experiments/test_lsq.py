@@ -26,6 +26,7 @@ from experiments.studies.quantization import cifar100_small, integers
 from experiments.studies.quantization import digits as quantized_digits
 from experiments.training import experiment, run_files
 from experiments.training.loop import train
+from tests import problems
 from tests.experiments.small import SMALL, TASK, changed, tiny_digits
 
 BITS = (2, 3, 4, 8)
@@ -246,7 +247,11 @@ def flat_shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[Any, Any]:
     return traverse_util.flatten_dict(params)
 
 
-@pytest.mark.parametrize('name', list(SMALL))
+# Those whose parts none of the others has.
+QUICK = ('cnn', 'resnet18', 'mobilenet', 'vit')
+
+
+@pytest.mark.parametrize('name', problems.slow_but(QUICK, SMALL))
 def test_every_network_can_be_quantized_and_keeps_its_parameters(name):
     network = zoo.create(name, SMALL[name], num_classes=7)
     full = flat_shapes(network, (32, 32, 3))

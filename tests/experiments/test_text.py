@@ -65,6 +65,7 @@ def test_a_byte_is_told_from_those_before_it_alone():
         zoo.create('decoder', {'width': 7}, num_classes=256)
 
 
+@pytest.mark.slow
 def test_a_run_on_text_reports_means_over_bytes(tmp_path):
     config = configuration.with_values(
         right_labels.get_config('bytes_256'),

@@ -54,7 +54,7 @@ def by_hand(name: str) -> tuple[Any, Any]:
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('framework', [run_linen, run_nnx])
 class TestBuiltSteps:
-    @pytest.mark.parametrize('name', problems.METHODS)
+    @pytest.mark.parametrize('name', problems.others_slow(problems.METHODS))
     def test_micro_batches_are_the_whole_mini_batch_traced(self, name, framework):
         run = framework(
             name, batches(), planned=False, scaled=False, num_micro_batches=2

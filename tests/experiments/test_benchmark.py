@@ -41,6 +41,7 @@ def measured() -> dict[str, Any]:
         )
 
 
+@pytest.mark.slow
 def test_every_variant_is_timed_and_planned_steps_hold_no_conditional():
     rows = measured()['steps']
     assert list(rows) == ['SGD', *list(variants.VARIANTS)[1:]]

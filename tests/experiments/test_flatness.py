@@ -240,6 +240,7 @@ def ended(config, runs) -> tuple[experiment.Experiment, Any, Any]:
     return own, noisy, variables
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_first_examples_with_their_wrong_labels(
     ended, measured
 ):

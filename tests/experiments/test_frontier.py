@@ -139,6 +139,7 @@ def test_pieces_of_work_are_shared_out_by_their_length():
     assert plans.share_out(hours, hours.__getitem__, 2) == [['a', 'd'], ['b', 'c']]
 
 
+@pytest.mark.slow
 def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     del task
     monkeypatch.setattr(program, 'Maker', Told)
@@ -245,6 +246,7 @@ def test_runs_of_a_method_share_a_program_and_its_results(task, tmp_path):
         maker.work(lambda: [wrong], total=1, title='one')
 
 
+@pytest.mark.slow
 def test_costs_of_a_network_in_a_few_steps(task, monkeypatch):
     monkeypatch.setattr(cost, 'CHUNK', 3)
     network = cost.Network('tiny', task.config, (0.5, 0.1), 6)

@@ -582,6 +582,7 @@ def test_a_quantized_network_trains_with_vsam(config, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_exported_to_whole_numbers(config, finished, tmp_path):
     quantized = changed(config, quantization__bits=4, checkpoint_every=4)
     result = train(quantized, tmp_path, bar=progress.Bar())

@@ -14,11 +14,14 @@ import vsam_jax
 from experiments.common import configuration
 from experiments.models import zoo
 from experiments.models.networks import pyramidnet, vit
+from tests import problems
 from tests.experiments.small import SMALL
 from vsam_jax._state import only_state
 
 # The decoder learns text.
 IMAGES = [name for name in zoo.MODELS if name != 'decoder']
+# Those whose parts none of the others has.
+QUICK = ('cnn', 'small_resnet', 'mobilenet', 'vit')
 
 
 def abstract_variables(model: nn.Module, shape: tuple[int, ...] = (32, 32, 3)):
@@ -40,9 +43,9 @@ def number_of_parameters(name: str, num_classes: int, **settings: int) -> int:
     ('name', 'with_100_classes', 'with_10_classes'),
     [
         ('resnet18', 11_220_132, 11_173_962),
-        ('resnet50', 23_705_252, 23_520_842),
+        pytest.param('resnet50', 23_705_252, 23_520_842, marks=pytest.mark.slow),
         ('wide_resnet', 36_536_884, 36_479_194),
-        ('pyramidnet', 28_511_307, 28_485_477),
+        pytest.param('pyramidnet', 28_511_307, 28_485_477, marks=pytest.mark.slow),
         ('mobilenet', 3_309_476, 3_217_226),
     ],
 )
@@ -93,7 +96,7 @@ def test_settings_that_make_no_network_are_refused(name, settings, message):
 # --- What is computed ---------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', IMAGES)
+@pytest.mark.parametrize('name', problems.slow_but(QUICK, IMAGES))
 def test_only_products_are_bfloat16_and_the_classifier_is_not(name):
     model = zoo.create(name, {**SMALL[name], 'dtype': 'bfloat16'}, num_classes=7)
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

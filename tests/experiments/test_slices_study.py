@@ -39,6 +39,7 @@ class Told:
         return np.stack([found, found], axis=1)
 
 
+@pytest.mark.slow
 def test_two_steps_of_a_program(task):
     program = screen.Program(task, methods.METHODS['slice_8_3'], width=2)
     runs = [(seed, (0.5, 0.1)) for seed in (1, 2, 1)]

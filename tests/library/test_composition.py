@@ -140,7 +140,8 @@ BASES = {
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('base', BASES)
+# One that keeps its moments, and one that wraps another.
+@pytest.mark.parametrize('base', problems.slow_but(('adamw', 'mechanic'), BASES))
 def test_base_optimizers_learn_planned_as_traced(base):
     tx = optax.chain(problems.METHODS['vsam'](0.05), BASES[base]())
     params = problems.toy_params(jnp.float64)

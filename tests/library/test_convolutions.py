@@ -657,6 +657,20 @@ FUNCTIONS = {
     'pure_callback': (called_back, NO_GRADIENT),
     'debug.print': (printed, {}),
 }
+# One for each way in which a function is taken apart and put together.
+TRICKY = (
+    'custom_vjp',
+    'custom_jvp',
+    'checkpoint of names',
+    'scan',
+    'while',
+    'a constant',
+    'jit in jit',
+    'donated inside',
+    'a reference',
+    'given and duplicated',
+    'pure_callback',
+)
 
 
 def in_surroundings(wrap, function, forbidden):
@@ -708,7 +722,7 @@ def kernel_and_images():
     return rng.normal(size=(2, 2, 3, 3)), rng.normal(size=(3, 2, 4, 4))
 
 
-@pytest.mark.parametrize('name', FUNCTIONS)
+@pytest.mark.parametrize('name', problems.slow_but(TRICKY, FUNCTIONS))
 def test_functions_of_users_in_all_surroundings(
     name, kernel_and_images, monkeypatch, x64
 ):

@@ -62,67 +62,8 @@ def accuracy_against_cost(summary: dict[str, Any], path: pathlib.Path) -> None:
             f'(mean ± sd of {seeds} seeds; dots: single seeds)',
             loc='left',
         )
-        _label_beside(figure, axes, labels)
+        plots.label_beside(figure, axes, labels)
         plots.save(figure, path)
-
-
-def _label_beside(figure: matplotlib.figure.Figure, axes: Any, labels: Any) -> None:
-    """Writes labels at marks, each at the corner where it covers least.
-
-    Args:
-        figure: finished but for the labels.
-        axes: where the marks are.
-        labels: text, place and color of each.
-    """
-    figure.draw_without_rendering()  # Places are known only then.
-    marks = [
-        artist.get_window_extent()
-        for artist in (*axes.lines, *axes.collections)
-        if artist.get_visible()
-    ]
-    inside = axes.get_window_extent()
-    written = []
-    corners = [(1, -1), (1, 1), (-1, -1), (-1, 1)]
-    offsets = [(9 * n * x, 9 * n * y) for n in (1, 3) for x, y in corners]
-    for text, place, color in labels:
-        drawn = []
-        for right, up in offsets:
-            label = axes.annotate(
-                text,
-                place,
-                xytext=(right, up),
-                textcoords='offset points',
-                ha='left' if right > 0 else 'right',
-                va='bottom' if up > 0 else 'top',
-                color=color,
-                fontweight='bold',
-                # Back to its mark, where it stands far from it.
-                arrowprops={'arrowstyle': '-', 'color': color, 'lw': 0.6}
-                if abs(up) > 9
-                else None,
-            )
-            label.get_window_extent()  # Puts it in its place; holds the line, too.
-            text_alone = matplotlib.text.Text.get_window_extent(label)
-            drawn.append((label, text_alone.padded(2)))
-        # Under another label or outside nothing can be read.
-        covered = [
-            sum(_overlap(box, other) for other in marks)
-            + 10 * sum(_overlap(box, other) for other in written)
-            + 10 * (box.width * box.height - _overlap(box, inside))
-            for _, box in drawn
-        ]
-        best = int(np.argmin(covered))
-        written.append(drawn.pop(best)[1])
-        for label, _ in drawn:
-            label.remove()
-
-
-def _overlap(one: Any, other: Any) -> float:
-    """The area that two boxes share, at least a little if they touch."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    # A line has no area of its own.
-    return max(width, 1.0) * max(height, 1.0) if width >= 0 and height >= 0 else 0.0
 
 
 def training_curves(summary: dict[str, Any], path: pathlib.Path) -> None:

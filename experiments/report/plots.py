@@ -2,10 +2,11 @@
 
 import io
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import matplotlib.figure
+import matplotlib.text
 import numpy as np
 from PIL import Image
 
@@ -20,11 +21,12 @@ STYLES = {
     'steady_vsam': ('#5D3A9B', 'd'),
     'asam': ('#009E73', '^'),
     'looksam': ('#CC79A7', 'v'),
+    'lean_sam': ('#117733', '*'),
     'esam': ('#E69F00', 'P'),
     'saf': ('#56B4E9', 'X'),
 }
 # Of whatever else.
-OTHER = ('#000000', '.')
+OTHER = ('#000000', 'o')
 INK = '#333333'
 # Matplotlib's, for every figure.
 SETTINGS: Any = {
@@ -98,6 +100,71 @@ def band(
         axes.fill_between(
             x[known], low[known], high[known], color=color, alpha=0.15, lw=0
         )
+
+
+def label_beside(
+    figure: matplotlib.figure.Figure,
+    axes: Any,
+    labels: Iterable[tuple[str, tuple[float, float], str]],
+    **style: Any,
+) -> None:
+    """Writes labels at marks, each at the corner where it covers least.
+
+    Args:
+        figure: finished but for the labels.
+        axes: where the marks are.
+        labels: text, place and color of each.
+        **style: of the texts, as matplotlib takes it.
+    """
+    figure.draw_without_rendering()  # Places are known only then.
+    marks = [
+        artist.get_window_extent()
+        for artist in (*axes.lines, *axes.collections)
+        if artist.get_visible()
+    ]
+    inside = axes.get_window_extent()
+    written: list[Any] = []
+    corners = [(1, -1), (1, 1), (-1, -1), (-1, 1)]
+    offsets = [(9 * n * x, 9 * n * y) for n in (1, 3, 5, 7) for x, y in corners]
+    for text, place, color in labels:
+        drawn = []
+        for right, up in offsets:
+            label = axes.annotate(
+                text,
+                place,
+                xytext=(right, up),
+                textcoords='offset points',
+                ha='left' if right > 0 else 'right',
+                va='bottom' if up > 0 else 'top',
+                color=color,
+                **{'fontweight': 'bold', **style},
+                # Back to its mark, where it stands far from it.
+                arrowprops={'arrowstyle': '-', 'color': color, 'lw': 0.6}
+                if abs(up) > 9
+                else None,
+            )
+            label.get_window_extent()  # Puts it in its place; holds the line, too.
+            text_alone = matplotlib.text.Text.get_window_extent(label)
+            drawn.append((label, text_alone.padded(2)))
+        # Under another label or outside nothing can be read.
+        covered = [
+            sum(_overlap(box, other) for other in marks)
+            + 10 * sum(_overlap(box, other) for other in written)
+            + 10 * (box.width * box.height - _overlap(box, inside))
+            for _, box in drawn
+        ]
+        best = int(np.argmin(covered))
+        written.append(drawn.pop(best)[1])
+        for label, _ in drawn:
+            label.remove()
+
+
+def _overlap(one: Any, other: Any) -> float:
+    """The area that two boxes share, at least a little if they touch."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    # A line has no area of its own.
+    return max(width, 1.0) * max(height, 1.0) if width >= 0 and height >= 0 else 0.0
 
 
 def save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> None:

@@ -6,7 +6,7 @@ import matplotlib.text
 import numpy as np
 import pytest
 
-from experiments.report import comparison_plots, plots
+from experiments.report import plots
 
 
 @pytest.mark.parametrize('shift', [0.0, 0.02, 0.3])
@@ -19,14 +19,12 @@ def test_labels_cover_neither_each_other_nor_marks(shift):
     labels = [
         (f'method {i}\n50.0 %, 1.00×', place, 'k') for i, place in enumerate(places)
     ]
-    comparison_plots._label_beside(figure, axes, labels)
+    plots.label_beside(figure, axes, labels)
     figure.draw_without_rendering()
     assert [text.get_text() for text in axes.texts] == [text for text, *_ in labels]
     extent = matplotlib.text.Text.get_window_extent
     boxes = [extent(text) for text in axes.texts]
-    assert not any(
-        comparison_plots._overlap(*pair) for pair in itertools.combinations(boxes, 2)
-    )
+    assert not any(plots._overlap(*pair) for pair in itertools.combinations(boxes, 2))
     inside = axes.get_window_extent()
     assert all(inside.containsx(x) for box in boxes for x in (box.x0, box.x1))
     marks = axes.transData.transform(np.array(places))

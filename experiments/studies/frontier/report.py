@@ -202,7 +202,8 @@ def _text(
 def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
     """Accuracy − SAM against time × SGD: a point per method, with its interval."""
     with matplotlib.rc_context(plots.SETTINGS):
-        figure, axes = plots.new_figure(6.4, 4.2)
+        figure, axes = plots.new_figure(7.6, 4.6)
+        labels = []
         # Not where it fails, or was not run on all tasks.
         filled = (decision.PASSES, REFERENCE)
         shown = {
@@ -226,17 +227,12 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
                 markerfacecolor=color if row['status'] in filled else 'white',
                 linewidth=1.2,
             )
-            axes.annotate(
-                METHODS[name].title,
-                (row['cost'], mean),
-                xytext=(5, 5),
-                textcoords='offset points',
-                fontsize=8,
-            )
+            labels.append((METHODS[name].title, (row['cost'], mean), color))
         axes.axhline(0, color=plots.INK, linewidth=0.8)
         axes.axhline(
             100 * decision.LOWEST, color=plots.INK, linewidth=0.8, linestyle=':'
         )
         axes.set_xlabel('time × SGD')
         axes.set_ylabel('points of accuracy − SAM')
+        plots.label_beside(figure, axes, labels, fontsize=8, fontweight='normal')
         plots.save(figure, path)

@@ -101,12 +101,12 @@ test-oldest test-newest: test-%: pyproject.toml tests/versions/%.txt
 	  --constraint tests/versions/$*.txt --editable '.[dev]'
 	.venv-$*/bin/python -m pytest -n $(JOBS) --dist worksteal
 
-wheel: .venv-test/.ready ## the wheel builds, and imports with the core's dependencies alone
+# In an environment of its own it is tried by `make release`, which takes longer.
+wheel: .venv-test/.ready ## the wheel builds, and works without the files here
 	rm -rf build/wheel
 	$(TEST)/python -m build --wheel --outdir build/wheel . > /dev/null
-	$(PYTHON) -m venv --clear build/wheel/env
-	build/wheel/env/bin/python -m pip install $(PIP) build/wheel/*.whl
-	build/wheel/env/bin/python -P -W error tests/smoke.py
+	$(TEST)/python -m pip install $(PIP) --no-deps --target build/wheel/site build/wheel/*.whl
+	PYTHONPATH=$(CURDIR)/build/wheel/site $(TEST)/python -P -W error tests/smoke.py
 
 # A warning is an error, and so is a notebook that fails or a page that loads anything
 # from elsewhere. Notebooks are kept in build/ and run again where something changed.

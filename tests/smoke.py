@@ -1,10 +1,11 @@
 """Trains with the installed package: what must work right after ``pip install``.
 
-Run by ``make wheel`` and ``make release``, with the Python of an environment that has
-nothing else.
+Run by ``make wheel`` and ``make release``; by the latter with the Python of an
+environment that has nothing else.
 """
 
-import sys
+import importlib.metadata
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,9 @@ def main() -> None:
     assert vsam_jax.metrics(state)['num_samples'] == 20
     for name in vsam_jax.__all__:
         getattr(vsam_jax, name)
-    assert vsam_jax.__file__.startswith(sys.prefix), vsam_jax.__file__
+    # Not a checkout that happens to be on the path.
+    installed = importlib.metadata.distribution('vsam-jax').locate_file('vsam_jax')
+    assert pathlib.Path(vsam_jax.__file__).parent == pathlib.Path(str(installed))
     print(f'vsam_jax {vsam_jax.__version__} works: {vsam_jax.__file__}')
 
 

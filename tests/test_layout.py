@@ -1,6 +1,9 @@
 """What may import what: in the tests, and in the house of the experiments."""
 
+import importlib.metadata
 import pathlib
+import re
+import sys
 
 import pytest
 
@@ -25,6 +28,23 @@ FLOORS = (
 )
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 LEVELS = 6
+
+
+# Imported where it is used; what is missing then says how to get it.
+LATE = {'matplotlib'}
+
+
+def test_the_library_imports_nothing_but_what_it_requires():
+    required = LATE | {
+        re.match(r'[\w-]+', text)[0]
+        for text in importlib.metadata.requires('vsam-jax')
+        if 'extra ==' not in text
+    }
+    made_by = importlib.metadata.packages_distributions()
+    for name, path in house.modules(ROOT, 'vsam_jax').items():
+        for package in {x.split('.')[0] for x in house.named(path, ROOT)}:
+            if package != 'vsam_jax' and package not in sys.stdlib_module_names:
+                assert required & set(made_by[package]), f'{name} imports {package}'
 
 
 @pytest.fixture(scope='module')

@@ -45,29 +45,6 @@ def _comparison(folder: str) -> str:
     )
 
 
-def _gains() -> str:
-    """A comparison in the few columns that a newcomer needs."""
-    summary = _load('results/digits/compare.json')
-    methods, first = summary['methods'], summary['baseline']
-    header = ['Method', 'Accuracy, %', f'Time × {methods[first]["title"]}']
-    header += [f'− {methods[first]["title"]}, points', '− SAM, points']
-    rows = [
-        [
-            method['title'],
-            tables.percent(method['test_accuracy']),
-            tables.quartiles(method['relative_time']),
-            *(tables.points(method['differences'].get(x)) for x in (first, 'sam')),
-        ]
-        for method in methods.values()
-    ]
-    return (
-        f'{tables.markdown(header, rows)}\nMean ± standard deviation over'
-        f' {len(methods[first]["seeds"])} seeds; time of a step, median (quartiles);'
-        ' differences of runs with the same seed, with 95 % intervals;'
-        f' {device_of(summary)}, jax {summary["versions"]["jax"]}.\n'
-    )
-
-
 def _benchmark() -> str:
     # With PyTorch in the same process the transformer's times are not steady: what
     # JAX does was measured again without it.
@@ -192,7 +169,8 @@ def _of_study(file: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    'gains': _gains,
+    'gains': lambda: _of_study('frontier/results/gains.md'),
+    'frontier': lambda: _of_study('frontier/results/table.md'),
     'digits': lambda: _comparison('results/digits'),
     'noisy': lambda: _comparison('results/cifar100_small/noisy'),
     'underfitted': lambda: _comparison('results/cifar100_small/underfitted'),

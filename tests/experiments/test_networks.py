@@ -69,7 +69,9 @@ def test_a_vit_has_the_size_that_its_settings_say():
     assert number_of_parameters('vit', 10, **settings) == stem + depth * block + head
 
 
-@pytest.mark.parametrize('name', [name for name in IMAGES if name != 'mlp'])
+@pytest.mark.parametrize(
+    'name', problems.slow_but(QUICK, [name for name in IMAGES if name != 'mlp'])
+)
 def test_networks_take_images_of_any_size(name):
     model = zoo.create(name, SMALL[name], num_classes=7)
     for shape in [(2, 32, 32, 3), (2, 28, 28, 1), (2, 20, 36, 3)]:

@@ -94,9 +94,8 @@ def array_types(tree: Any) -> Any:
     [
         ('vsam', True, 'replicated', AxisType.Auto),
         ('vsam', False, 'replicated', AxisType.Explicit),
-        *itertools.product(
-            ['vsam'], [True, False], ['fsdp'], [AxisType.Auto, AxisType.Explicit]
-        ),
+        ('vsam', True, 'fsdp', AxisType.Explicit),
+        ('vsam', False, 'fsdp', AxisType.Auto),
         # What a rule may write (a reshape) is a type error on sharded dimensions.
         ('asam', False, 'fsdp', AxisType.Explicit),
         ('looksam', False, 'fsdp', AxisType.Explicit),

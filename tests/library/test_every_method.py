@@ -61,7 +61,10 @@ class TestBuiltSteps:
         )
         assert_same_run(run, by_hand(name), atol=1e-12)
 
-    @pytest.mark.parametrize('name', problems.others_slow(problems.METHODS))
+    # One with a plan, one that decides from the gradient.
+    @pytest.mark.parametrize(
+        'name', problems.slow_but(('vsam', 'aesam'), problems.METHODS)
+    )
     def test_a_loss_scale_does_not_show(self, name, framework):
         planned = name in problems.PLANNED
         run = framework(name, batches(), planned=planned, scaled=True)
@@ -83,7 +86,7 @@ def test_planned_is_traced(name):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('name', problems.METHODS)
+@pytest.mark.parametrize('name', problems.others_slow(problems.METHODS))
 def test_a_restored_run_goes_on_as_the_uninterrupted_one(name, tmp_path):
     tx, step = traced(name)
     params = problems.toy_params(jnp.float64)
@@ -101,7 +104,7 @@ def test_a_restored_run_goes_on_as_the_uninterrupted_one(name, tmp_path):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('name', problems.METHODS)
+@pytest.mark.parametrize('name', problems.others_slow(problems.METHODS))
 def test_a_sample_that_is_not_finite_leaves_no_trace(name):
     """All goes on as if that step had not been sampled, but for the counters."""
     tx = problems.METHODS[name](0.1)

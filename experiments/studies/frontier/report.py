@@ -19,7 +19,7 @@ from experiments.studies.frontier.tasks import TASKS
 from experiments.training import plans
 
 COSTS = 'cost.json'
-FILES = ('table.md', 'decision.json', 'frontier.png')
+FILES = ('table.md', 'decision.json', 'frontier.png', 'gains.md')
 # What SGD and SAM are: they are compared with, not decided about.
 REFERENCE = 'reference'
 _LN2 = math.log(2)
@@ -48,7 +48,8 @@ def write(folder: pathlib.Path) -> list[pathlib.Path]:
         for name, task in known.items()
     }
     path = folder / COSTS
-    costs = json.loads(path.read_text())['networks'] if path.exists() else {}
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    costs = measured.get('networks', {})
     times = relative(costs, 'times_sgd')
     found = decision.decide(accuracies, times)
     found['references'] = {
@@ -65,6 +66,8 @@ def write(folder: pathlib.Path) -> list[pathlib.Path]:
     with files.replacing(paths[0]) as file:
         file.write(_text(found, accuracies, costs, ledger).encode())
     draw(found, paths[2])
+    with files.replacing(paths[3]) as file:
+        file.write(_gains(found, measured).encode())
     return paths
 
 
@@ -115,6 +118,37 @@ def rows_of(
             ]
         )
     return header, rows
+
+
+def _gains(found: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    """The table in the few columns and rows that a newcomer needs."""
+    header = ['Method', 'Time × SGD', 'Memory × SGD', '− SAM, points']
+    header += ['Of SAM’s gain, %', 'Tasks']
+    rows = [
+        [
+            METHODS[name].title,
+            f'{row["cost"]:.2f}' if row['cost'] else '–',
+            f'{row["memory"]:.2f}' if row['memory'] else '–',
+            '–' if name == 'sam' else tables.points(row['minus_sam']),
+            '–' if row['kept'] is None else f'{100 * row["kept"]:.0f}',
+            _tasks(row),
+        ]
+        for name, row in by_cost(found).items()
+        # Others miss so much of what SAM gains that they are no alternative.
+        if 'minus_sam' in row
+        and (name == 'sgd' or row['kept'] is None or row['kept'] >= decision.KEPT)
+    ]
+    where = (
+        f' Time and memory on {provenance.device_of(measured)},'
+        f' jax {measured["versions"]["jax"]}.'
+        if measured
+        else ''
+    )
+    return (
+        f'{tables.markdown(header, rows)}\nMeans over tasks, with 95 % intervals.'
+        f' Methods that keep less than {100 * decision.KEPT:.0f} % of what SAM gains'
+        f' are left out.{where}\n'
+    )
 
 
 def by_cost(found: Mapping[str, Any]) -> dict[str, Any]:

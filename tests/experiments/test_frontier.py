@@ -11,6 +11,7 @@ from experiments.common.ledger import Job, Ledger, quality
 from experiments.common.shards import Shard
 from experiments.methods import registry
 from experiments.methods.compared import METHODS, config_of
+from experiments.report import provenance
 from experiments.studies.frontier import __main__ as program
 from experiments.studies.frontier import cost, look, plan, protocol, report
 from experiments.studies.frontier.protocol import Unit
@@ -139,7 +140,6 @@ def test_pieces_of_work_are_shared_out_by_their_length():
     assert plans.share_out(hours, hours.__getitem__, 2) == [['a', 'd'], ['b', 'c']]
 
 
-@pytest.mark.slow
 def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     del task
     monkeypatch.setattr(program, 'Maker', Told)
@@ -196,8 +196,9 @@ def test_plan_runs_and_report(task, tmp_path, monkeypatch):
         for place, name in enumerate(METHODS)
     }
     networks = {name: {'title': name, 'methods': costs} for name in ('a', 'b')}
-    (tmp_path / report.COSTS).write_text(json.dumps({'networks': networks}))
-    table, decided, figure = report.write(tmp_path)
+    measured = {'networks': networks, **provenance.environment()}
+    (tmp_path / report.COSTS).write_text(json.dumps(measured))
+    table, decided, figure, gains = report.write(tmp_path)
     found = json.loads(decided.read_text())
     assert found['recommended'] == 'steady_03'
     assert [*report.by_cost(found)][:2] == ['sgd', 'sam']
@@ -205,6 +206,7 @@ def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     assert found['references']['sgd']['kept'] == 0
     assert 'Decision: recommended: steady vSAM, η = 0.3' in table.read_text()
     assert figure.read_bytes().startswith(b'\x89PNG')
+    assert '| steady vSAM, η = 0.3 | 1.20 | 1.50 |' in gains.read_text()
 
 
 def test_costs_are_geometric_means_over_networks():
@@ -250,8 +252,10 @@ def test_runs_of_a_method_share_a_program_and_its_results(task, tmp_path):
 def test_costs_of_a_network_in_a_few_steps(task, monkeypatch):
     monkeypatch.setattr(cost, 'CHUNK', 3)
     network = cost.Network('tiny', task.config, (0.5, 0.1), 6)
-    found = cost.measure(network, ('sgd', 'slice_8_3'))
+    rounds = []
+    found = cost.measure(network, ('sgd', 'slice_8_3'), 2, lambda: rounds.append(1))
     assert found['steps'] == 6
+    assert len(rounds) == 2 * found['steps'] / cost.CHUNK
     row = found['methods']['slice_8_3']
     assert row['sampled'] == pytest.approx(2 / 6)
     assert row['memory_times_sgd'] > 1

@@ -89,20 +89,24 @@ def _memory(run: Running) -> int:
 
 
 def measure(
-    network: Network, methods: Iterable[str], advance: Callable[[], Any] = lambda: None
+    network: Network,
+    methods: Iterable[str],
+    repeats: int = 1,
+    advance: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Times and memory of methods on a network.
 
     Args:
         network: the network.
         methods: names, ``'sgd'`` among them.
+        repeats: how often each of them trains the network.
         advance: called after every round.
 
     Returns:
-        Its ``title``, ``parameters``, ``steps``, and for each of the ``methods``
-        ``times_sgd`` (the time of all steps), ``of_chunks`` (median and quartiles of
-        the ratios of a round), ``step_milliseconds``, ``sampled``, ``memory_bytes`` and
-        ``memory_times_sgd``.
+        Its ``title``, ``parameters``, ``steps``, ``repeats``, and for each of the
+        ``methods`` ``times_sgd`` (the time of all steps), ``of_chunks`` (median and
+        quartiles of the ratios of a round), ``step_milliseconds``, ``sampled``,
+        ``memory_bytes`` and ``memory_times_sgd``.
     """
     config = network.config()
     dataset = sources.load(config.data)
@@ -113,26 +117,26 @@ def measure(
         config, {'epochs': -(-rounds * CHUNK // per_epoch)}
     )
     rho, rate = network.pair
-    runs = {
-        name: Running(
-            build(
-                config_of(config, name, rho * METHODS[name].centre, rate, seed=0),
-                dataset,
-            )
+    experiments = {
+        name: build(
+            config_of(config, name, rho * METHODS[name].centre, rate, seed=0), dataset
         )
         for name in methods
     }
-    seconds = timing.interleaved(
-        {
+    runs: dict[str, Running] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in experiments}
+    for _ in range(repeats):
+        # From their first steps on: what a method does changes in a run.
+        runs = {name: Running(each) for name, each in experiments.items()}
+        chunks = {
             name: functools.partial(
                 timing.seconds_of, functools.partial(run.chunk, CHUNK)
             )
             for name, run in runs.items()
-        },
-        rounds,
-        skipped=0,
-        advance=advance,
-    )
+        }
+        taken = timing.interleaved(chunks, rounds, skipped=0, advance=advance)
+        for name, found in taken.items():
+            seconds[name] += found
     memory = {name: _memory(run) for name, run in runs.items()}
     sgd = seconds['sgd']
     leaves = jax.tree.leaves(runs['sgd'].state.params)
@@ -140,13 +144,14 @@ def measure(
         'title': network.title,
         'parameters': sum(leaf.size for leaf in leaves),
         'steps': rounds * CHUNK,
+        'repeats': repeats,
         'methods': {
             name: {
                 'times_sgd': sum(taken) / sum(sgd),
                 'of_chunks': statistics.quartiles(
                     a / b for a, b in zip(taken, sgd, strict=True)
                 ),
-                'step_milliseconds': 1e3 * sum(taken) / rounds / CHUNK,
+                'step_milliseconds': 1e3 * sum(taken) / len(taken) / CHUNK,
                 'sampled': _sampled(runs[name]),
                 'memory_bytes': memory[name],
                 'memory_times_sgd': memory[name] / memory['sgd'],
@@ -180,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     for flag, known in (('--networks', NETWORKS), ('--methods', METHODS)):
         parser.add_argument(flag, type=names.of(known), default=list(known))
+    parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--output', type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
     path = options.output
@@ -191,7 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             bar.note(name)
             if name not in content['networks']:
                 methods = dict.fromkeys(('sgd', *options.methods))
-                content['networks'][name] = measure(NETWORKS[name], methods)
+                content['networks'][name] = measure(
+                    NETWORKS[name], methods, options.repeats
+                )
                 content |= {
                     'command': provenance.command(),
                     **provenance.environment(),

@@ -190,6 +190,7 @@ def test_steps_start_at_twice_the_mean_size_over_the_root_of_the_range():
     np.testing.assert_allclose(step, 3 / math.sqrt(7), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_and_activations_that_are_all_zero_give_finite_steps_and_gradients():
     layer = nn.Dense(
         3,

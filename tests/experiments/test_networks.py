@@ -126,7 +126,7 @@ def test_only_products_are_bfloat16_and_the_classifier_is_not(name):
     assert not any('bf16' in line for line in sums)
 
 
-@pytest.mark.parametrize('name', IMAGES)
+@pytest.mark.parametrize('name', problems.slow_but(QUICK, IMAGES))
 def test_every_variable_takes_part(name):
     model = zoo.create(name, SMALL[name], num_classes=7)
     x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)

@@ -52,6 +52,7 @@ def test_the_label_of_a_byte_is_the_next_one():
         dataset.with_label_noise(0.5, seed=0)
 
 
+@pytest.mark.slow
 def test_a_byte_is_told_from_those_before_it_alone():
     model = zoo.create('decoder', {'width': 8, 'depth': 2}, num_classes=256)
     x = jax.random.randint(jax.random.key(0), (2, 1, 6, 1), 0, 256).astype(float)

@@ -165,8 +165,10 @@ WANT_THE_LOSS = {
 
 
 @pytest.mark.parametrize('framework', ['linen', 'nnx'])
-@pytest.mark.parametrize('method', [None, vsam_jax.sam])
-@pytest.mark.parametrize('name', WANT_THE_LOSS)
+@pytest.mark.parametrize(
+    ('name', 'method'),
+    [('line search', None), *((name, vsam_jax.sam) for name in WANT_THE_LOSS)],
+)
 def test_optimizers_that_want_the_loss_get_it_from_builders(name, method, framework):
     tx = WANT_THE_LOSS[name]()
     if method is not None and name != 'lbfgs':  # Whose curvature wants gradients.

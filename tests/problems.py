@@ -56,7 +56,8 @@ METHODS = {
     ),
 }
 
-# One of each kind. `make check` runs these; `make test` runs all but in few tests.
+# One of each kind. `make check` runs these; `make test` runs the others too, where
+# that takes little; `make test-slow` runs them everywhere.
 KINDS = ('vsam', 'steady_vsam', 'sam', 'asam', 'looksam', 'fsam', 'aesam')
 # Those with a plan; the others decide from the gradient, so that nobody can plan them.
 PLANNED = {name: method for name, method in METHODS.items() if name != 'aesam'}
@@ -68,10 +69,12 @@ OTHER_DIRECTION = ('gsam', 'wsam')
 OTHER_PERTURBATION = ('asam', 'asam_every_third_step_decayed', 'asyncsam')
 
 
-def slow_but(kept: Iterable[str], names: Iterable[str]) -> list[Any]:
-    """Parameters of a test that takes long: all of ``names``, slow but those kept."""
-    slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
-    return [name if name in kept else slow(name) for name in names]
+def slow_but(kept: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Cases of a test that takes long, slow but those kept; a tuple is one case."""
+    kept = tuple(kept)
+    values = lambda case: case if isinstance(case, tuple) else (case,)
+    slow = lambda case: pytest.param(*values(case), marks=pytest.mark.slow)
+    return [case if case in kept else slow(case) for case in cases]
 
 
 def others_slow(names: Iterable[str], *kept: str) -> list[Any]:

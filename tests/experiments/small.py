@@ -31,6 +31,9 @@ SMALL = {
     'vit': {'width': 6, 'depth': 2},
 }
 
+# Those that have the parts of all: BatchNorm and none, shortcuts, grouped, attention.
+QUICK = ('cnn', 'resnet18', 'mobilenet', 'vit')
+
 # Settings of a run of three steps an epoch that takes no time.
 TINY = {
     'data.train': 120,

@@ -27,7 +27,7 @@ from experiments.studies.quantization import digits as quantized_digits
 from experiments.training import experiment, run_files
 from experiments.training.loop import train
 from tests import problems
-from tests.experiments.small import SMALL, TASK, changed, tiny_digits
+from tests.experiments.small import QUICK, SMALL, TASK, changed, tiny_digits
 
 BITS = (2, 3, 4, 8)
 IMAGE = (8, 8, 1)
@@ -246,10 +246,6 @@ def flat_shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[Any, Any]:
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     params = jax.eval_shape(init, jax.random.key(0), images)['params']
     return traverse_util.flatten_dict(params)
-
-
-# Those whose parts none of the others has.
-QUICK = ('cnn', 'resnet18', 'mobilenet', 'vit')
 
 
 @pytest.mark.parametrize('name', problems.slow_but(QUICK, SMALL))

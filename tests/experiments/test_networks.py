@@ -15,13 +15,11 @@ from experiments.common import configuration
 from experiments.models import zoo
 from experiments.models.networks import pyramidnet, vit
 from tests import problems
-from tests.experiments.small import SMALL
+from tests.experiments.small import QUICK, SMALL
 from vsam_jax._state import only_state
 
 # The decoder learns text.
 IMAGES = [name for name in zoo.MODELS if name != 'decoder']
-# Those whose parts none of the others has.
-QUICK = ('cnn', 'small_resnet', 'mobilenet', 'vit')
 
 
 def abstract_variables(model: nn.Module, shape: tuple[int, ...] = (32, 32, 3)):

@@ -48,7 +48,11 @@ def parabola(w, batch):
     ('name', 'dtype'),
     [
         *itertools.product(problems.METHODS, ['bfloat16']),
-        *itertools.product(problems.KINDS, ['float16', 'float32', 'float64']),
+        *problems.slow_but(
+            itertools.product(problems.KINDS, ['float32']),
+            itertools.product(problems.METHODS, ['float32']),
+        ),
+        *itertools.product(problems.KINDS, ['float16', 'float64']),
     ],
 )
 def test_states_keep_their_types_and_programs_compile_once(name, dtype):
@@ -109,7 +113,10 @@ TARGETS = {
     ('name', 'target'),
     [
         *((name, 'mixed tensors') for name in problems.METHODS),
-        *((name, 'rosenbrock') for name in ('vsam', 'asam', 'looksam')),
+        *problems.slow_but(
+            [(name, 'rosenbrock') for name in ('vsam', 'asam', 'looksam')],
+            [(name, 'rosenbrock') for name in problems.KINDS],
+        ),
     ],
 )
 def test_methods_converge(name, target):

@@ -94,8 +94,15 @@ def array_types(tree: Any) -> Any:
     [
         ('vsam', True, 'replicated', AxisType.Auto),
         ('vsam', False, 'replicated', AxisType.Explicit),
-        ('vsam', True, 'fsdp', AxisType.Explicit),
-        ('vsam', False, 'fsdp', AxisType.Auto),
+        *problems.slow_but(
+            [
+                ('vsam', True, 'fsdp', AxisType.Explicit),
+                ('vsam', False, 'fsdp', AxisType.Auto),
+            ],
+            itertools.product(
+                ['vsam'], [True, False], ['fsdp'], [AxisType.Auto, AxisType.Explicit]
+            ),
+        ),
         # What a rule may write (a reshape) is a type error on sharded dimensions.
         ('asam', False, 'fsdp', AxisType.Explicit),
         ('looksam', False, 'fsdp', AxisType.Explicit),
@@ -574,9 +581,17 @@ def run_built(framework: str, method: str, mapping: str, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ('framework', 'mapping', 'method'),
     [
-        *itertools.product(['linen'], ['checked', 'pmap'], ['vsam', 'asam']),
-        *itertools.product(['nnx'], ['checked', 'pmap'], ['vsam']),
-        *itertools.product(['nnx'], ['unchecked'], ['vsam', 'sgd']),
+        *problems.slow_but(
+            itertools.product(['linen'], ['checked', 'pmap'], ['vsam', 'asam']),
+            itertools.product(['linen'], ['checked', 'pmap'], ['vsam', 'asam', 'sgd']),
+        ),
+        *problems.slow_but(
+            [
+                *itertools.product(['nnx'], MAPPINGS, ['vsam']),
+                ('nnx', 'unchecked', 'sgd'),
+            ],
+            itertools.product(['nnx'], MAPPINGS, ['vsam', 'sgd']),
+        ),
     ],
 )
 @pytest.mark.usefixtures('x64')
@@ -731,21 +746,10 @@ def noisy_loss(model: Noisy, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @pytest.mark.parametrize(
     ('mapping', 'num_micro_batches'),
-    [
-        ('pmap', 1),
-        ('unchecked', 2),
-        ('nnx.shard_map', 2),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                ('pmap', 2),
-                ('unchecked', 1),
-                ('nnx.shard_map', 1),
-                ('checked', 1),
-                ('checked', 2),
-            ]
-        ),
-    ],
+    problems.slow_but(
+        [('pmap', 1), ('unchecked', 2), ('nnx.shard_map', 2)],
+        itertools.product([*MAPPINGS, 'nnx.shard_map'], [1, 2]),
+    ),
 )
 def test_devices_draw_masks_of_their_own_and_keep_one_stream(
     mapping, num_micro_batches

@@ -167,7 +167,14 @@ WANT_THE_LOSS = {
 @pytest.mark.parametrize('framework', ['linen', 'nnx'])
 @pytest.mark.parametrize(
     ('name', 'method'),
-    [('line search', None), *((name, vsam_jax.sam) for name in WANT_THE_LOSS)],
+    problems.slow_but(
+        [('line search', None), *((name, vsam_jax.sam) for name in WANT_THE_LOSS)],
+        # Before L-BFGS there is no method: its curvature wants gradients.
+        [
+            *((name, None) for name in WANT_THE_LOSS if name != 'lbfgs'),
+            *((name, vsam_jax.sam) for name in WANT_THE_LOSS),
+        ],
+    ),
 )
 def test_optimizers_that_want_the_loss_get_it_from_builders(name, method, framework):
     tx = WANT_THE_LOSS[name]()

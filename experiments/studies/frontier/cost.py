@@ -188,6 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--output', type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f'--repeats must be at least 1, got {options.repeats}')
     path = options.output
     content: dict[str, Any] = {'networks': {}}
     if path.exists():

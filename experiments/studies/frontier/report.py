@@ -107,7 +107,7 @@ def rows_of(
                 f'{row["cost"]:.2f} ({min(times):.2f}–{max(times):.2f})'
                 if row['cost']
                 else '–',
-                f'{row["memory"]:.2f}' if row['memory'] else '–',
+                _ratio(row['memory']),
                 tables.points(row.get('minus_sam')),
                 f'{100 * row["kept"]:.0f}' if row.get('kept') is not None else '–',
                 f'{TASKS[worst["task"]].title}: {tables.points(worst)}'
@@ -127,8 +127,8 @@ def _gains(found: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     rows = [
         [
             METHODS[name].title,
-            f'{row["cost"]:.2f}' if row['cost'] else '–',
-            f'{row["memory"]:.2f}' if row['memory'] else '–',
+            _ratio(row['cost']),
+            _ratio(row['memory']),
             '–' if name == 'sam' else tables.points(row['minus_sam']),
             '–' if row['kept'] is None else f'{100 * row["kept"]:.0f}',
             _tasks(row),
@@ -156,6 +156,10 @@ def by_cost(found: Mapping[str, Any]) -> dict[str, Any]:
     rows = {**found['references'], **found['methods']}
     order = sorted(rows, key=lambda name: rows[name]['cost'] or math.inf)
     return {name: rows[name] for name in order}
+
+
+def _ratio(value: float | None) -> str:
+    return '–' if value is None else f'{value:.2f}'
 
 
 def _tasks(row: Mapping[str, Any]) -> str:

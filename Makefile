@@ -66,14 +66,13 @@ steps: .venv-test/.ready
 	  -m 'not slow and not subprocess and not more_methods and not around' \
 	  vsam_jax tests/library tests/test_layout.py
 
-# Types take one process for a minute: the other cores are not kept waiting.
+# Types take one process for a minute: the other cores are not kept waiting. What is
+# wrong with them is shown last, where it is not lost among the tests.
 test: lint ## lint, types, wheel, pytest
-	$(MAKE) --jobs=2 types runs
-
-.PHONY: runs
-runs: .venv-test/.ready
-	$(MAKE) wheel
-	$(MAKE) pytest
+	@mkdir -p build
+	@$(MAKE) types > build/types.txt 2>&1 & types=$$!; \
+	  $(MAKE) wheel && $(MAKE) pytest; runs=$$?; \
+	  wait $$types; failed=$$?; cat build/types.txt; exit $$((runs | failed))
 
 lint: .venv-test/.ready ## ruff: style and formatting
 	$(TEST)/ruff check .

@@ -169,12 +169,16 @@ VARIANTS: dict[str, Variant] = {
 }
 
 SAM = 'SAM planned'
-LEAN = 'lean SAM planned, 1/8 every 3rd step'
 LEAN_REUSE = 'lean SAM planned, reuse step'
 SHARES = (1 / 2, 1 / 4, 1 / 8)
 # Titles of the steps with a slice, the largest slice first.
 SLICES = {
     share: f'lean SAM planned, 1/{1 / share:.0f}, sampled step' for share in SHARES
+}
+# As they are used: one step in three is sampled.
+LEAN = {
+    share: f'lean SAM planned, 1/{1 / share:.0f}, every 3rd step'
+    for share in SHARES[1:]
 }
 # Those that take part where slices are looked at.
 OF_SLICES: dict[str, Variant] = {
@@ -184,7 +188,10 @@ OF_SLICES: dict[str, Variant] = {
         for share, title in SLICES.items()
     },
     LEAN_REUSE: Variant('lean', ('reuse',), share=SHARES[-1]),
-    LEAN: Variant('lean', ('sampled', 'reuse', 'reuse'), steps=3, share=1 / 8),
+    **{
+        title: Variant('lean', ('sampled', 'reuse', 'reuse'), steps=3, share=share)
+        for share, title in LEAN.items()
+    },
 }
 ALL = {**VARIANTS, **OF_SLICES}
 

@@ -84,7 +84,7 @@ def test_items_are_made_in_order_until_the_time_is_over(tmp_path):
 def test_the_most_important_comes_first(tmp_path):
     ledger = Ledger(tmp_path / 'gpu.jsonl')
     keys = [item.key for item in gpu.items_of(tmp_path, tmp_path, ledger, tiny=True)]
-    assert len(set(keys)) == len(keys) == 4 + 3 * 3
+    assert len(set(keys)) == len(keys) == 4 + 3 * 4 + 4
     assert keys[0] == 'steps/resnet18_128'
     assert keys.index('runs/winner/seed700') < keys.index('runs/sgd/seed701')
     for names in gpu.STEPS.values():
@@ -99,8 +99,9 @@ def test_the_smallest_slice_that_pays():
         return {title: {'step_milliseconds': value} for title, value in pairs}
 
     assert gpu.smallest_that_pays(rows(10, 8, 7, 6.5)) == 1 / 8
-    assert gpu.smallest_that_pays(rows(10, 8, 7.9, 6)) == 1 / 2
-    assert gpu.smallest_that_pays(rows(10, 10, 7, 6)) == 1
+    assert gpu.smallest_that_pays(rows(10, 8, 7.9, 7.9)) == 1 / 2
+    assert gpu.smallest_that_pays(rows(10, 12, 7, 6.9)) == 1 / 4
+    assert gpu.smallest_that_pays(rows(10, 12, 11, 9.9)) == 1
     assert gpu.smallest_that_pays({}) is None
 
 
@@ -112,36 +113,41 @@ def test_runs_are_those_of_the_task_with_bfloat16(tmp_path):
     assert job.notes['rho'] == job.config.methods[job.config.method].rho > 0
     assert gpu.run_of(task, config, 'sgd', 700).notes['rho'] == 0
     result = {'accuracy': 0.5, 'loss': 1.0, 'calibration_error': 0.25}
-    line = {**job.notes, 'seconds': 20.0, 'steps': 10}
+    line = {**job.notes, 'fitted': {'accuracy': 0.75}}
     line |= {'last': {'test': result}, 'best': {'test': result}}
     header, rows = gpu.of_runs([line])
     assert len(rows[0]) == len(header)
-    assert rows[0][1:6] == ['1', '50.0', '50.0', '1.000', '25.0']
+    assert rows[0][1:] == ['0.1', '1', '50.0', '50.0', '1.000', '25.0', '75.0']
 
 
 @pytest.mark.slow
 def test_steps_with_slices_and_their_line(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, '_SECONDS', 0)
     ledger = Ledger(tmp_path / 'gpu.jsonl')
-    names = (variants.BASE, variants.SAM, *variants.SLICES.values(), variants.LEAN)
+    names = (
+        variants.BASE,
+        variants.SAM,
+        *variants.SLICES.values(),
+        variants.LEAN[1 / 8],
+    )
     gpu.time_steps(problems.PROBLEMS['tiny'](), names, 'steps/tiny', ledger, 1)
     line = json.loads((tmp_path / 'gpu.jsonl').read_text())
     assert list(line['steps'])[1:6] == list(names[1:])
-    assert line['pays'] in (1, *variants.SHARES)
+    assert gpu.smallest_that_pays(line['steps']) in (1, *variants.SHARES)
     # Operations are known of whole mini-batches alone.
     assert line['steps'][variants.SAM]['flops'] > line['steps']['SGD']['flops']
     assert line['steps'][variants.SLICES[1 / 2]]['flops'] is None
     ledger.add('runs/sam/seed700', {'error': 'OutOfMemory'})
     text = gpu.text_of(ledger)
-    assert 'The smallest slice that pays' in text
+    assert 'lean SAM planned' in text
     assert '- runs/sam/seed700: OutOfMemory' in text
 
 
 def test_second_gradients_are_of_a_slice():
     problem = problems.PROBLEMS['tiny']()
-    names = (variants.LEAN, variants.SLICES[1 / 2], variants.SLICES[1 / 8])
+    names = (variants.LEAN[1 / 8], variants.SLICES[1 / 2], variants.SLICES[1 / 8])
     runners = jax_steps.runners(problem, (variants.BASE, *names))
-    lean = runners[variants.LEAN]
+    lean = runners[variants.LEAN[1 / 8]]
     lean.run(2)
     state = only_state(lean._session.state)
     assert (int(state.step), int(state.num_samples)) == (6, 2)

@@ -129,7 +129,9 @@ def gather_images(folder: pathlib.Path) -> list[pathlib.Path]:
     for number, (part, own) in enumerate(pieces):
         path = folder / f'images_{number}.npz'
         with files.replacing(path) as file:
-            np.savez(file, images=part, labels=own, train=len(splits[0].labels))
+            np.savez_compressed(
+                file, images=part, labels=own, train=len(splits[0].labels)
+            )
         if path.stat().st_size >= _LARGEST:
             raise ConfigError(
                 f'{path} must be smaller than {_LARGEST:,} bytes, and has'

@@ -19,7 +19,7 @@ from experiments.training import plans
 # Who fits less of the labels that it was trained on underfits.
 FITTED = 0.9
 TABLE = 'table.md'
-_HEADER = ['', 'Seeds', 'Epochs', 'Minutes', 'Time × SGD', 'ρ', 'Rate']
+_HEADER = ['', 'Seeds', 'Epochs', 'Time × SGD', 'ρ', 'Rate']
 
 
 def write(folder: pathlib.Path) -> pathlib.Path:
@@ -43,10 +43,13 @@ def write(folder: pathlib.Path) -> pathlib.Path:
             unit.entry: (unit, protocol.lines(ledger, unit))
             for unit in plan.units(known, {name: task}, task.entries)
         }
+        if not any(lines for _, lines in rows.values()):
+            parts.append(f'## {task.title}\n\nNot run yet.\n')
+            continue
         table = of_text if task.judge == 'loss' else of_images
         parts.append(
             f'## {task.title}\n\n{planned["parameters"]:,} parameters.\n\n'
-            f'{tables.markdown(*table(rows))}'
+            f'{tables.markdown(*table(rows, planned["step_seconds"]))}'
         )
     parts.append(
         'Mean ± sd over seeds. In brackets: difference from SAM on the same seeds, with'
@@ -55,7 +58,8 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         ' examples. Fitted: accuracy on the training images as they are, with the'
         f' labels that were trained on; † below {100 * FITTED:.0f} %: it underfits.'
         f' ρ and learning rate (Rate) were chosen with seed {TUNING_SEED} in shorter'
-        ' runs, * at an end of those tried. Time: of the steps. An entry at equal time'
+        ' runs, * at an end of those tried. Time: from the steps that'
+        ' the plan timed in turns, on a CPU core. An entry at equal time'
         ' has as many epochs as fit in SAM’s.'
         f' Command: `{provenance.command()}`.\n'
     )
@@ -67,15 +71,17 @@ def write(folder: pathlib.Path) -> pathlib.Path:
 
 # By the name of an entry.
 Rows = Mapping[str, tuple[Unit, list[dict[str, Any]] | None]]
+# Of a step of a method, as the plan has them.
+Seconds = Mapping[str, float]
 
 
-def of_images(rows: Rows) -> tuple[list[str], list[list[str]]]:
+def of_images(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]:
     """Header and rows where accuracy is what counts."""
     header = [*_HEADER, 'Test, %', '− SAM', 'Best, %', 'Best epoch', 'Fitted, %']
     header += ['NLL, last', 'Best', 'ECE, %, last', 'Best']
     header += [f'Test, %, {bits} bits' for bits in BITS]
     made = []
-    for unit, lines, first in _finished(rows):
+    for unit, lines, first in _finished(rows, seconds):
         accuracy = [line['last']['test']['accuracy'] for line in lines]
         fitted = protocol.mean(lines, 'fitted', 'accuracy') or 0.0
         made.append(
@@ -100,13 +106,13 @@ def of_images(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return header, made
 
 
-def of_text(rows: Rows) -> tuple[list[str], list[list[str]]]:
+def of_text(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]:
     """Header and rows where the loss counts, in bits per byte."""
     header = [*_HEADER, 'Validation', 'Test', '− SAM', 'Best epoch', 'Test, best']
     header += ['Fitted', 'ECE, %']
     header += [f'{split}, {b} bits' for b in BITS for split in ('Validation', 'Test')]
     made = []
-    for unit, lines, first in _finished(rows):
+    for unit, lines, first in _finished(rows, seconds):
         made.append(
             [
                 *first,
@@ -127,21 +133,23 @@ def of_text(rows: Rows) -> tuple[list[str], list[list[str]]]:
     return header, made
 
 
-def _finished(rows: Rows) -> list[tuple[Unit, list[dict[str, Any]], list[str]]]:
+def _finished(
+    rows: Rows, seconds: Seconds
+) -> list[tuple[Unit, list[dict[str, Any]], list[str]]]:
     """Those that are there, with the columns that all tables begin with."""
-    sgd = rows['sgd'][1]
-    base = protocol.mean(sgd, 'seconds') if sgd else None
+    base = seconds['sgd'] * rows['sgd'][0].epochs
     found = []
     for unit, lines in rows.values():
         if not lines:
             continue
-        seconds = protocol.mean(lines, 'seconds') or 0.0
+        # Runs are made side by side, perhaps on several devices: their own times say
+        # less than steps that were timed in turns.
+        times = seconds[unit.method] * unit.epochs / base
         first = [
             METHODS[unit.method].title + (', equal time' if unit.row.equal_time else '')
         ]
-        first += [str(len(lines)), str(unit.epochs), f'{seconds / 60:.1f}']
-        first += [f'{seconds / base:.2f}' if base else '–', *_settings(unit, lines[0])]
-        found.append((unit, lines, first))
+        first += [str(len(lines)), str(unit.epochs), f'{times:.2f}']
+        found.append((unit, lines, [*first, *_settings(unit, lines[0])]))
     return found
 
 

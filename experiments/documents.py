@@ -171,6 +171,9 @@ def _of_study(file: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     'gains': lambda: _of_study('frontier/results/gains.md'),
     'frontier': lambda: _of_study('frontier/results/table.md'),
+    'proof': lambda: _of_study('proof/results/table.md'),
+    'gpu_steps': lambda: _of_study('proof/results/gpu_steps.md'),
+    'gpu_runs': lambda: _of_study('proof/results/gpu_runs.md'),
     'digits': lambda: _comparison('results/digits'),
     'noisy': lambda: _comparison('results/cifar100_small/noisy'),
     'underfitted': lambda: _comparison('results/cifar100_small/underfitted'),

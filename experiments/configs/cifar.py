@@ -84,7 +84,7 @@ def recipe(name: str, statistics: str) -> ml_collections.ConfigDict:
             'seed': 0,
         },
         'steady_vsam': {'rho': 0.05, 'every': 3, 'tolerance': 0.3},
-        'lean_sam': {'rho': 0.05, 'share': 1 / 8, 'every': 3, 'tolerance': 0.5},
+        'lean_sam': {'rho': 0.05, 'share': 1 / 4, 'every': 3, 'tolerance': 0.5},
         'gsam': {'rho': 0.05, 'alpha': 0.1},
         'wsam': {'rho': 0.05, 'gamma': 0.9},
         'fsam': {'rho': 0.05, 'sigma': 1.0, 'decay': 0.6},

@@ -78,7 +78,6 @@ def get_config() -> ml_collections.ConfigDict:
         },
         # Not tuned: SAM's ρ, as it is meant to be used.
         'steady_vsam': {'rho': 1.0, 'every': 3, 'tolerance': 0.3},
-        # An eighth of 100 examples is none.
         'lean_sam': {'rho': 1.0, 'share': 1 / 4, 'every': 3, 'tolerance': 0.5},
         # Not tuned either: SAM's ρ, and what their authors have besides.
         'gsam': {'rho': 1.0, 'alpha': 0.1},

@@ -74,7 +74,10 @@ METHODS = {
     'msam': Method('MSAM', {'direction': 'msam'}, 4.0, FAR, cost='one'),
     'vsam': Method('vSAM', {'direction': 'vsam'}, 1.4),
     'quarter': Method(
-        'ascent on a quarter', {'direction': 'part_ascent', 'share': 1 / 4}, 1.4
+        'ascent on a quarter',
+        {'direction': 'part_ascent', 'share': 1 / 4},
+        1.4,
+        everywhere=True,
     ),
     'amplified': Method('amplified third', {'direction': 'amplified', 'every': 3}),
     'aesam': Method('AE-SAM', {'direction': 'aesam'}, 1.4, cost='two'),

@@ -10,7 +10,7 @@ from experiments.benchmark import jax_steps, problems, rounds, variants
 from experiments.common.configuration import ConfigError
 from experiments.common.ledger import Ledger
 from experiments.data import prepared
-from experiments.studies.proof import gpu, pack
+from experiments.studies.proof import gpu, gpu_report, pack
 from experiments.studies.proof.tasks import TASKS
 from vsam_jax._state import only_state
 
@@ -98,11 +98,11 @@ def test_the_smallest_slice_that_pays():
         pairs = zip(titles, milliseconds, strict=True)
         return {title: {'step_milliseconds': value} for title, value in pairs}
 
-    assert gpu.smallest_that_pays(rows(10, 8, 7, 6.5)) == 1 / 8
-    assert gpu.smallest_that_pays(rows(10, 8, 7.9, 7.9)) == 1 / 2
-    assert gpu.smallest_that_pays(rows(10, 12, 7, 6.9)) == 1 / 4
-    assert gpu.smallest_that_pays(rows(10, 12, 11, 9.9)) == 1
-    assert gpu.smallest_that_pays({}) is None
+    assert gpu_report.smallest_that_pays(rows(10, 8, 7, 6.5)) == 1 / 8
+    assert gpu_report.smallest_that_pays(rows(10, 8, 7.9, 7.9)) == 1 / 2
+    assert gpu_report.smallest_that_pays(rows(10, 12, 7, 6.9)) == 1 / 4
+    assert gpu_report.smallest_that_pays(rows(10, 12, 11, 9.9)) == 1
+    assert gpu_report.smallest_that_pays({}) is None
 
 
 def test_runs_are_those_of_the_task_with_bfloat16(tmp_path):
@@ -115,9 +115,11 @@ def test_runs_are_those_of_the_task_with_bfloat16(tmp_path):
     result = {'accuracy': 0.5, 'loss': 1.0, 'calibration_error': 0.25}
     line = {**job.notes, 'fitted': {'accuracy': 0.75}}
     line |= {'last': {'test': result}, 'best': {'test': result}}
-    header, rows = gpu.of_runs([line])
-    assert len(rows[0]) == len(header)
-    assert rows[0][1:] == ['0.1', '1', '50.0', '50.0', '1.000', '25.0', '75.0']
+    text = gpu_report.of_runs([line])
+    assert (
+        'lean SAM, 1/4, every 3rd step | 0.1 | 1 | 50.0 | 50.0 | 1.000 | 25.0 | 75.0 |'
+        in text
+    )
 
 
 @pytest.mark.slow
@@ -133,14 +135,13 @@ def test_steps_with_slices_and_their_line(tmp_path, monkeypatch):
     gpu.time_steps(problems.PROBLEMS['tiny'](), names, 'steps/tiny', ledger, 1)
     line = json.loads((tmp_path / 'gpu.jsonl').read_text())
     assert list(line['steps'])[1:6] == list(names[1:])
-    assert gpu.smallest_that_pays(line['steps']) in (1, *variants.SHARES)
+    assert gpu_report.smallest_that_pays(line['steps']) in (1, *variants.SHARES)
     # Operations are known of whole mini-batches alone.
     assert line['steps'][variants.SAM]['flops'] > line['steps']['SGD']['flops']
     assert line['steps'][variants.SLICES[1 / 2]]['flops'] is None
     ledger.add('runs/sam/seed700', {'error': 'OutOfMemory'})
-    text = gpu.text_of(ledger)
-    assert 'lean SAM planned' in text
-    assert '- runs/sam/seed700: OutOfMemory' in text
+    assert variants.SLICES[1 / 8] in gpu_report.of_steps(ledger)
+    assert '- runs/sam/seed700: OutOfMemory' in gpu_report.of_runs(ledger)
 
 
 def test_second_gradients_are_of_a_slice():

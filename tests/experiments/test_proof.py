@@ -255,11 +255,12 @@ def test_plan_runs_and_table_of_a_tiny_task(tmp_path, monkeypatch):
     assert 'SGD, equal time | 1 |' in table
     assert '†' in table
     rows = {
-        entry: (unit, protocol.lines(ledger, unit))
+        unit.entry: (unit, protocol.lines(ledger, unit))
         for unit in plan.units(made, {'tiny': task}, task.entries)
-        for entry in [unit.entry]
     }
-    header, cells = report.of_text(rows)
+    equal = rows['sgd_equal'][0].epochs
+    header, cells = report.of_text(rows, {'sgd': 1.0, 'sam': 2.0})
+    assert [row[3] for row in cells] == ['1.00', '2.00', f'{equal / 4:.2f}']
     assert {len(row) for row in cells} == {len(header)}
     assert len(cells) == 3
     assert json.loads((tmp_path / plans.PLAN).read_text())['limit_hours'] == 10

@@ -447,13 +447,13 @@ def test_lean_sam_is_steady_vsam_at_a_smaller_radius(scheduled):
 def test_a_builder_of_another_share_is_named(framework, monkeypatch):
     lean = lambda name: optax.chain(vsam_jax.lean_sam(0.1), optax.sgd(0.1))
     monkeypatch.setattr('tests.library.built_runs.optimizer', lean)
-    for settings in ({}, {'psf_share': 1 / 4}):
-        part = '1/4 of the' if settings else 'the whole'
+    for settings in ({}, {'psf_share': 1 / 2}):
+        part = '1/2 of the' if settings else 'the whole'
         with pytest.raises(
-            ValueError, match=f'share=1/8.* taken of {part} mini-batch.*psf_share=1/8'
+            ValueError, match=f'share=1/4.* taken of {part} mini-batch.*psf_share=1/4'
         ):
             framework('', batches(), planned=False, scaled=False, **settings)
-    framework('', batches()[:1], planned=False, scaled=False, psf_share=1 / 8)
+    framework('', batches()[:1], planned=False, scaled=False, psf_share=1 / 4)
 
 
 def test_lean_sam_by_hand_asks_for_the_gradient_of_the_part():

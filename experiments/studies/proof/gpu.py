@@ -5,7 +5,8 @@ r"""What there is to know of an accelerator, the most important first, in a give
 Steps of ResNet-18 and WideResNet-28-10 in bfloat16: the base optimizer, SAM, planned
 and traced steps, slices, and the same networks in PyTorch; and ResNet-18 on CIFAR-100.
 Each result is a line of ``gpu.jsonl`` as soon as it is there, and what is there is not
-made again: the same command goes on where the time was over. Tables: ``gpu.md``.
+made again: the same command goes on where the time was over. Tables: ``gpu_steps.md``
+and ``gpu_runs.md``.
 ``--tiny`` tries the command out on small networks and random images.
 """
 
@@ -22,17 +23,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments.benchmark import problems, report, steps, variants
+from experiments.benchmark import problems, steps, variants
 from experiments.benchmark.problems import Problem
-from experiments.common import configuration, files
+from experiments.common import configuration
 from experiments.common.ledger import Job, Ledger
 from experiments.methods.compared import METHODS, config_of
-from experiments.report import provenance, tables
-from experiments.studies.proof import measures, pack
+from experiments.report import provenance
+from experiments.studies.proof import gpu_report, measures, pack
 from experiments.studies.proof.task import SEEDS, Task
-from experiments.studies.proof.tasks import EIGHTH, STEADY, TASKS, WINNER
+from experiments.studies.proof.tasks import ON_GPU, TASKS
 from experiments.training.loop import train
 from experiments.training.many import Maker
 
@@ -53,21 +53,8 @@ STEPS = {
     'wide_resnet_28_10_1024': _ALWAYS,
 }
 TORCH = (variants.BASE, 'SAM')
-# By name a method and the multiple of the ρ that was carried over. The first four are
-# made with all seeds.
-ENTRIES = {
-    'sgd': ('sgd', 1.0),
-    'sam': ('sam', 1.0),
-    'winner': (WINNER, 1.0),
-    'eighth': (EIGHTH, 1.0),
-    'steady': (STEADY, 1.0),
-    'winner_half': (WINNER, 0.5),
-    'sam_half': ('sam', 0.5),
-    'winner_quarter': (WINNER, 0.25),
-}
-REPEATED = tuple(ENTRIES)[:4]
-# A slice pays if it makes the step so much faster.
-PAYS = 0.02
+# The first four are made with all seeds.
+REPEATED = tuple(ON_GPU)[:4]
 
 
 class TimeUp(BaseException):
@@ -184,25 +171,6 @@ def _torch_runners(why: list[str], problem: Problem) -> Mapping[str, Any]:
         return {}
 
 
-def smallest_that_pays(rows: Mapping[str, Any]) -> float | None:
-    """The smallest slice whose step is faster than with any larger one, and than SAM's.
-
-    Args:
-        rows: of the steps, by title.
-
-    Returns:
-        The share; 1 if no slice pays, None where none was timed.
-    """
-    if variants.SAM not in rows:
-        return None
-    share, best = 1.0, rows[variants.SAM]['step_milliseconds']
-    for smaller, title in variants.SLICES.items():
-        taken = rows[title]['step_milliseconds']
-        if taken <= (1 - PAYS) * best:
-            share, best = smaller, taken
-    return share
-
-
 # --- Runs ---------------------------------------------------------------------
 
 
@@ -212,10 +180,10 @@ def run_of(task: Task, config: Any, entry: str, seed: int) -> Job:
     Args:
         task: what ρ and learning rate are of.
         config: the configuration, whatever the method.
-        entry: a key of :data:`ENTRIES`.
+        entry: a key of :data:`ON_GPU`.
         seed: the seed.
     """
-    method, multiple = ENTRIES[entry]
+    method, multiple = ON_GPU[entry]
     plain = method == 'sgd'
     rho = 0.0 if plain else task.rho * METHODS[method].centre * multiple
     rate = task.sgd_rate if plain else task.rate
@@ -284,7 +252,7 @@ def items_of(
     return [
         timed('resnet18_128'),
         timed('wide_resnet_28_10_128'),
-        *(made(entry, SEEDS[0]) for entry in ENTRIES),
+        *(made(entry, SEEDS[0]) for entry in ON_GPU),
         timed('resnet18_1024'),
         timed('wide_resnet_28_10_1024'),
         *(made(entry, seed) for seed in SEEDS[1:] for entry in REPEATED),
@@ -295,76 +263,6 @@ def _tiny(name: str) -> Problem:
     size = 16 if name.endswith('1024') else 8
     model = problems.MLP(10, 16, 1, jnp.bfloat16)
     return Problem(f'MLP for {name}, bfloat16', model, (size, 16))
-
-
-def text_of(ledger: Ledger) -> str:
-    """All tables, from the lines alone."""
-    lines = list(ledger)
-    timed = [x for x in lines if x.get('kind') == 'steps' and 'error' not in x]
-    runs = [x for x in lines if x.get('kind') == 'run' and 'error' not in x]
-    parts = []
-    for line in timed:
-        pays = smallest_that_pays(line['steps'])
-        said = 'No slice is faster than SAM.'
-        if pays != 1:
-            said = f'The fastest sampled step: with {pays:g} of the mini-batch.'
-        without = f' Without PyTorch: {line["no_torch"]}' if line['no_torch'] else ''
-        parts.append(
-            f'## {line["title"]}\n\n{tables.markdown(*report.of_problem(line))}\n'
-            f'{said}{without}\n'
-        )
-    if runs:
-        parts.append(
-            f'## ResNet-18 on CIFAR-100\n\n{tables.markdown(*of_runs(runs))}\n'
-            'Best: the epoch that is best on the images held back. Fitted: accuracy on'
-            ' the training images as they are.\n'
-        )
-    failed = [f'- {x["key"]}: {x["error"]}\n' for x in lines if 'error' in x]
-    if failed:
-        parts.append('## What failed\n\n' + ''.join(failed))
-    there = timed[0] if timed else provenance.environment()
-    versions = f'jax {there["versions"]["jax"]}'
-    return '\n'.join(parts) + f'\n{provenance.device_of(there)}, {versions}.\n'
-
-
-def of_runs(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the runs: a method per row."""
-    header = [
-        'Method',
-        'ρ',
-        'Seeds',
-        'Test, %',
-        'Best, %',
-        'NLL',
-        'ECE, %',
-        'Fitted, %',
-    ]
-    rows = []
-    for entry, (method, _) in ENTRIES.items():
-        own = [line for line in runs if line['entry'] == entry]
-        if not own:
-            continue
-        mean = lambda what, own=own: float(np.mean([what(line) for line in own]))
-        rows.append(
-            [
-                METHODS[method].title,
-                f'{own[0]["rho"]:g}' if own[0]['rho'] else '–',
-                str(len(own)),
-                f'{100 * mean(lambda x: x["last"]["test"]["accuracy"]):.1f}',
-                f'{100 * mean(lambda x: x["best"]["test"]["accuracy"]):.1f}',
-                f'{mean(lambda x: x["last"]["test"]["loss"]):.3f}',
-                f'{100 * mean(lambda x: x["last"]["test"]["calibration_error"]):.1f}',
-                f'{100 * mean(lambda x: x["fitted"]["accuracy"]):.1f}',
-            ]
-        )
-    return header, rows
-
-
-def _report(folder: pathlib.Path) -> None:
-    """Writes the tables, with what other processes have added to the results."""
-    with files.replacing(folder / 'gpu.md') as file:
-        file.write(text_of(Ledger(folder / 'gpu.jsonl')).encode())
-    print(f'written to {folder / "gpu.md"}')
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -379,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--tiny', action='store_true', help='try the command out')
     options = parser.parse_args(arguments)
     if options.report:
-        _report(options.output)
+        gpu_report.write(options.output)
         return
     # Two libraries share a GPU's memory.
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -397,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         missing = work(items, ledger, left)
     except KeyboardInterrupt:
         sys.exit('Interrupted. The same command goes on.')
-    _report(options.output)
+    gpu_report.write(options.output)
     if missing:
         sys.exit(f'not made: {", ".join(missing)}')
 

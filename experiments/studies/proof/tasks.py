@@ -79,8 +79,8 @@ def text() -> Any:
     config: Any = right_labels.get_config('bytes_256')
     config.name = 'proof_text'
     config.data.update({'train': 4096, 'validation': 512, 'test': 1024})
-    config.models.decoder.update({'width': 96, 'depth': 3, 'heads': 3})
-    config.epochs = 8
+    config.models.decoder.update({'width': 64, 'depth': 2, 'heads': 2})
+    config.epochs = 5
     return config
 
 
@@ -130,3 +130,16 @@ TASKS = {
     ),
 }
 CHOSEN = ('right', 'wrong_40', 'text', 'lsq_4')
+
+# ResNet-18 on an accelerator: by name a method, and the multiple of the ρ that was
+# carried over.
+ON_GPU = {
+    'sgd': ('sgd', 1.0),
+    'sam': ('sam', 1.0),
+    'winner': (WINNER, 1.0),
+    'eighth': (EIGHTH, 1.0),
+    'steady': (STEADY, 1.0),
+    'winner_half': (WINNER, 0.5),
+    'sam_half': ('sam', 0.5),
+    'winner_quarter': (WINNER, 0.25),
+}

@@ -129,7 +129,8 @@ CASES = {
     ),
     'msam': Case('`msam`', lambda m, _: vsam_jax.msam(m['rho']), is_last=True),
 }
-for _again, _first in {
+# Records of the same programs with other settings.
+AGAIN = {
     'asam_2': 'asam',
     'looksam_2': 'looksam',
     'gsam_2': 'gsam',
@@ -139,8 +140,8 @@ for _again, _first in {
     'unified_4': 'unified',
     'samon_2': 'samon',
     'msam_2': 'msam',
-}.items():
-    CASES[_again] = CASES[_first]
+}
+CASES |= {again: CASES[first] for again, first in AGAIN.items()}
 
 
 @functools.cache

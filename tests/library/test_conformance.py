@@ -2,13 +2,16 @@
 
 import pytest
 
+from tests import problems
 from tests.library import conformance
 
 pytestmark = pytest.mark.around
+# One record of each program; those with other settings are slow.
+FIRST = set(conformance.CASES) - set(conformance.AGAIN)
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('name', conformance.CASES)
+@pytest.mark.parametrize('name', problems.slow_but(FIRST, conformance.CASES))
 def test_a_recorded_run_comes_out_again(name):
     tolerance = conformance.CASES[name].tolerance
     assert conformance.largest_difference(name) < tolerance

@@ -195,7 +195,7 @@ def diagnose(
             result for the same arguments, so put a dropout key into ``batch``.
         params: w, a tree of floating-point arrays.
         batches: at least two mini-batches of the same shapes. Pass slices of them,
-            ``(x[::8] for x in batches)``, to see what ``psf_grad_fn`` would measure.
+            ``(x[::4] for x in batches)``, to see what ``psf_grad_fn`` would measure.
         rhos: the radii, numbers > 0. Each costs one gradient per mini-batch, and as
             much memory as the parameters.
         num_batches: how many mini-batches to take from ``batches``, at least two.

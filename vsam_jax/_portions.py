@@ -18,7 +18,7 @@ from vsam_jax._types import PyTree
 
 def parts_of(psf_share: Any, name: str = 'psf_share') -> int:
     """The number k for a share of 1/k; raises for other shares."""
-    allowed = 'one divided by an integer, such as 1/8, or 1 for the whole mini-batch'
+    allowed = 'one divided by an integer, such as 1/4, or 1 for the whole mini-batch'
     is_real = isinstance(psf_share, numbers.Real) and not isinstance(
         psf_share, (bool, np.bool_)
     )

@@ -233,7 +233,7 @@ def make_train_step(
             :func:`vsam_jax.vsam`. Needs ``axis_name``.
         psf_share: 1/k, the share of the mini-batch on which a sampled step measures the
             PSF: every k-th example along each array's leading axis. 1 takes the whole
-            mini-batch. At 1/8 a sampled step costs two extra gradients of an eighth of
+            mini-batch. At 1/4 a sampled step costs two extra gradients of a quarter of
             the mini-batch, instead of one extra gradient of the whole. See *From a
             slice of the mini-batch* in :func:`vsam_jax.vsam`. k must divide the leading
             axes; on several devices, each device's share of them. This is checked on

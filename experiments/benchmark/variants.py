@@ -187,6 +187,7 @@ OF_SLICES: dict[str, Variant] = {
         title: Variant('lean', ('sampled',), share=share)
         for share, title in SLICES.items()
     },
+    # Whatever the share.
     LEAN_REUSE: Variant('lean', ('reuse',), share=SHARES[-1]),
     **{
         title: Variant('lean', ('sampled', 'reuse', 'reuse'), steps=3, share=share)

@@ -7,7 +7,7 @@ import platform
 import resource
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -64,5 +64,23 @@ def device_of(content: Mapping[str, Any]) -> str:
     """
     device = content['device']
     if device['platform'] == 'cpu':
-        return f'{device["cpu_cores"]} CPU cores ({device["machine"]})'
+        cores = device['cpu_cores']
+        return f'{cores} CPU core{"s" * (cores != 1)} ({device["machine"]})'
     return f'{device["count"]} × {device["kind"]}'
+
+
+def on(content: Mapping[str, Any]) -> str:
+    """Device and version of jax of a result, as :func:`device_of` has them."""
+    return f'{device_of(content)}, jax {content["versions"]["jax"]}'
+
+
+def made_on(lines: Iterable[Mapping[str, Any]]) -> str:
+    """A sentence on what the lines of a file were made on.
+
+    Args:
+        lines: with what :func:`environment` or :func:`on` (``'on'``) gave; those that
+            say nothing are left out.
+    """
+    said = (x.get('on') or (on(x) if 'device' in x else None) for x in lines)
+    found = '; '.join(dict.fromkeys(filter(None, said)))
+    return f'Made on {found}.' if found else 'What it was made on is not recorded.'

@@ -19,9 +19,11 @@ DIFFERENCES = (
 
 
 def quartiles(cost: Mapping[str, Any] | None) -> str:
-    """Median and quartiles as text, a dash where nothing was measured."""
+    """Median and, if known, quartiles as text; a dash where nothing was measured."""
     if cost is None:
         return '–'
+    if 'low' not in cost:
+        return f'{cost["median"]:.2f}'
     return f'{cost["median"]:.2f} ({cost["low"]:.2f}–{cost["high"]:.2f})'
 
 

@@ -14,6 +14,7 @@ from experiments.common import configuration, files, progress
 from experiments.common.ledger import Job, Ledger
 from experiments.data import sources
 from experiments.data.examples import Dataset
+from experiments.report import provenance
 from experiments.training.experiment import Experiment, build
 
 # What makes a run: `experiments.training.loop.train`.
@@ -153,10 +154,10 @@ def line_of(result: Mapping[str, Any], tests: bool, wall: float) -> dict[str, An
         wall: seconds from start to end, with what was compiled for it.
 
     Returns:
-        ``validation`` and, if asked for, ``test``: accuracy and loss after the last
-        step; ``training``: those of the last logging interval; ``seconds`` of the
-        steps, of compiling (``compile``) and of all (``wall``); ``steps``, and the
-        share of them that were sampled.
+        ``on``, the device and the version of jax; ``validation`` and, if asked for,
+        ``test``: accuracy and loss after the last step; ``training``: those of the last
+        logging interval; ``seconds`` of the steps, of compiling (``compile``) and of
+        all (``wall``); ``steps``, and the share of them that were sampled.
     """
     last = result['log'][-1]
     splits = ('validation', 'test') if tests else ('validation',)
@@ -172,6 +173,7 @@ def line_of(result: Mapping[str, Any], tests: bool, wall: float) -> dict[str, An
         'steps': result['steps'],
         'parameters': result['parameters'],
         'sampled': result['sampling_rate'],
+        'on': provenance.on(result),
         'seconds': result['train_seconds'],
         'compile': sum(result['compile_seconds'].values()),
         'wall': wall,

@@ -9,11 +9,11 @@ from experiments.common import files
 from experiments.common.ledger import Ledger
 from experiments.methods.compared import METHODS
 from experiments.report import provenance, tables
-from experiments.studies.proof import protocol
+from experiments.studies.proof import report as proof_report
 from experiments.studies.proof.tasks import ON_GPU
 
 STEPS, RUNS = 'gpu_steps.md', 'gpu_runs.md'
-THIRD = 'steady vSAM, every 3rd step (sum of its steps)'
+THIRD = 'every 3rd step of vSAM sampled (sum of its steps)'
 # A slice pays if it makes the step so much faster.
 PAYS = 0.02
 
@@ -40,17 +40,18 @@ def of_steps(ledger: Iterable[Mapping[str, Any]]) -> str:
     text = tables.markdown(*report.overview(contents))
     for line in lines:
         pays = smallest_that_pays(line['steps'])
-        said = 'no sampled step with a slice is faster than SAM’s'
-        if pays != 1:
-            said = f'the fastest sampled step is that with {pays:g} of the mini-batch'
+        said = 'no slices were timed'
+        if pays == 1:
+            said = 'no sampled step with a slice is faster than SAM’s'
+        elif pays is not None:
+            said = f'the smallest slice that still saves time is 1/{1 / pays:.0f}'
         without = f' (without PyTorch: {line["no_torch"]})' if line['no_torch'] else ''
         text += f'\n{line["title"]}: {said}{without}.'
-    first = lines[0]
-    rounds = max(row['rounds'] for row in first['steps'].values())
+    rounds = {row['rounds'] for line in lines for row in line['steps'].values()}
     return (
         f'{text}\n\nTime of a step as a multiple of the base optimizer of the same'
-        f' library: median (quartiles) over {rounds} interleaved rounds;'
-        f' {provenance.device_of(first)}, jax {first["versions"]["jax"]}.\n'
+        f' library: median (quartiles) over {" or ".join(map(str, sorted(rounds)))}'
+        f' interleaved rounds; –: not timed. {provenance.made_on(lines)}\n'
     )
 
 
@@ -65,17 +66,16 @@ def of_runs(ledger: Iterable[Mapping[str, Any]]) -> str:
         own = [line for line in lines if line['entry'] == entry]
         if not own:
             continue
-        mean = lambda *path, own=own: protocol.mean(own, *path) or 0.0
         rows.append(
             [
                 METHODS[method].title,
                 f'{own[0]["rho"]:g}' if own[0]['rho'] else '–',
                 str(len(own)),
-                f'{100 * mean("last", "test", "accuracy"):.1f}',
-                f'{100 * mean("best", "test", "accuracy"):.1f}',
-                f'{mean("last", "test", "loss"):.3f}',
-                f'{100 * mean("last", "test", "calibration_error"):.1f}',
-                f'{100 * mean("fitted", "accuracy"):.1f}',
+                proof_report.percent(own, 'last', 'test', 'accuracy'),
+                proof_report.percent(own, 'best', 'test', 'accuracy'),
+                proof_report.number(own, 'last', 'test', 'loss'),
+                proof_report.percent(own, 'last', 'test', 'calibration_error'),
+                proof_report.percent(own, 'fitted', 'accuracy'),
             ]
         )
     text = f'{tables.markdown(header, rows)}\n' if rows else 'Nothing was run yet.\n'
@@ -85,7 +85,7 @@ def of_runs(ledger: Iterable[Mapping[str, Any]]) -> str:
     return (
         f'{text}Best: the epoch that is best on the images held back. Fitted: accuracy'
         ' on the training images as they are. NLL and ECE (expected calibration error):'
-        ' of the test images after the last epoch.\n'
+        f' of the test images after the last epoch. {provenance.made_on(lines)}\n'
     )
 
 
@@ -113,9 +113,8 @@ def _as_column(line: Mapping[str, Any]) -> dict[str, Any]:
     steps = dict(line['steps'])
     if {variants.SAMPLED, variants.REUSE} <= set(steps):
         parts = (steps[variants.SAMPLED], steps[variants.REUSE])
-        sampled, reuse = (row['times_base'] for row in parts)
-        times = {name: (sampled[name] + 2 * reuse[name]) / 3 for name in sampled}
-        steps[THIRD] = {'times_base': times}
+        sampled, reuse = (row['times_base']['median'] for row in parts)
+        steps[THIRD] = {'times_base': {'median': (sampled + 2 * reuse) / 3}}
     # Titles of columns end at the first comma.
     return {**line, 'steps': steps, 'title': line['title'].replace(',', '')}
 

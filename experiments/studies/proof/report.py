@@ -36,7 +36,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
     """
     known = plans.read(folder)
     ledger = Ledger(folder / 'runs.jsonl')
-    parts = []
+    parts, missing = [], []
     for name, planned in known['tasks'].items():
         task = TASKS[name]
         rows = {
@@ -44,13 +44,15 @@ def write(folder: pathlib.Path) -> pathlib.Path:
             for unit in plan.units(known, {name: task}, task.entries)
         }
         if not any(lines for _, lines in rows.values()):
-            parts.append(f'## {task.title}\n\nNot run yet.\n')
+            missing.append(task.title)
             continue
         table = of_text if task.judge == 'loss' else of_images
         parts.append(
-            f'## {task.title}\n\n{planned["parameters"]:,} parameters.\n\n'
+            f'### {task.title}\n\n{planned["parameters"]:,} parameters.\n\n'
             f'{tables.markdown(*table(rows, planned["step_seconds"]))}'
         )
+    if missing:
+        parts.append(f'Planned, but not run or not complete: {"; ".join(missing)}.\n')
     parts.append(
         'Mean ± sd over seeds. In brackets: difference from SAM on the same seeds, with'
         ' its 95 % interval (t). Best: the epoch that is best on the examples held back'
@@ -61,7 +63,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         ' runs, * at an end of those tried. Time: from the steps that'
         ' the plan timed in turns, on a CPU core. An entry at equal time'
         ' has as many epochs as fit in SAM’s.'
-        f' Command: `{provenance.command()}`.\n'
+        f' {provenance.made_on(ledger)} Command: `{provenance.command()}`.\n'
     )
     path = folder / TABLE
     with files.replacing(path) as file:
@@ -78,7 +80,7 @@ Seconds = Mapping[str, float]
 def of_images(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]:
     """Header and rows where accuracy is what counts."""
     header = [*_HEADER, 'Test, %', '− SAM', 'Best, %', 'Best epoch', 'Fitted, %']
-    header += ['NLL, last', 'Best', 'ECE, %, last', 'Best']
+    header += ['NLL, last', 'NLL, best', 'ECE, %, last', 'ECE, %, best']
     header += [f'Test, %, {bits} bits' for bits in BITS]
     made = []
     for unit, lines, first in _finished(rows, seconds):
@@ -89,18 +91,18 @@ def of_images(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]
                 *first,
                 tables.percent(statistics.summary(accuracy)),
                 _minus_sam(rows, unit, 'accuracy', 100, 1),
-                _percent(lines, 'best', 'test', 'accuracy'),
+                percent(lines, 'best', 'test', 'accuracy'),
                 f'{protocol.mean(lines, "best", "epoch"):.0f}',
                 f'{100 * fitted:.1f}{"" if fitted >= FITTED else "†"}',
                 *(
                     text(lines, when, 'test', quantity)
                     for text, quantity in (
-                        (_number, 'loss'),
-                        (_percent, 'calibration_error'),
+                        (number, 'loss'),
+                        (percent, 'calibration_error'),
                     )
                     for when in ('last', 'best')
                 ),
-                *(_percent(lines, 'rounded', str(b), 'test', 'accuracy') for b in BITS),
+                *(percent(lines, 'rounded', str(b), 'test', 'accuracy') for b in BITS),
             ]
         )
     return header, made
@@ -122,7 +124,7 @@ def of_text(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]:
                 f'{protocol.mean(lines, "best", "epoch"):.0f}',
                 _bits(lines, 'best', 'test', 'loss'),
                 _bits(lines, 'fitted', 'loss'),
-                _percent(lines, 'last', 'test', 'calibration_error'),
+                percent(lines, 'last', 'test', 'calibration_error'),
                 *(
                     _bits(lines, 'rounded', str(b), split, 'loss')
                     for b in BITS
@@ -186,12 +188,14 @@ def _minus_sam(
     return text.replace('-', '−')
 
 
-def _percent(lines: list[dict[str, Any]], *path: str) -> str:
+def percent(lines: list[dict[str, Any]], *path: str) -> str:
+    """A mean over lines in percent, – where a line lacks it."""
     value = protocol.mean(lines, *path)
     return '–' if value is None else f'{100 * value:.1f}'
 
 
-def _number(lines: list[dict[str, Any]], *path: str) -> str:
+def number(lines: list[dict[str, Any]], *path: str) -> str:
+    """A mean over lines, – where a line lacks it."""
     value = protocol.mean(lines, *path)
     return '–' if value is None else f'{value:.3f}'
 

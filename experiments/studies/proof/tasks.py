@@ -110,7 +110,8 @@ TASKS = {
         entries=FEW,
         checked=False,
     ),
-    # Not run: other shares of wrong labels, and larger networks for an accelerator.
+    # Other shares of wrong labels, and larger networks for an accelerator: .gpu runs
+    # some methods with ResNet-18.
     'wrong_20': _cifar_task('CIFAR-100, 20 % wrong', _WRONG, label_noise=0.2),
     'wrong_60': _cifar_task('CIFAR-100, 60 % wrong', _WRONG, label_noise=0.6),
     'resnet18': _cifar_task('CIFAR-100, ResNet-18', _RIGHT, model='resnet18'),
@@ -139,7 +140,7 @@ ON_GPU = {
     'winner': (WINNER, 1.0),
     'eighth': (EIGHTH, 1.0),
     'steady': (STEADY, 1.0),
-    'winner_half': (WINNER, 0.5),
-    'sam_half': ('sam', 0.5),
-    'winner_quarter': (WINNER, 0.25),
+    'winner_rho_2': (WINNER, 0.5),
+    'sam_rho_2': ('sam', 0.5),
+    'winner_rho_4': (WINNER, 0.25),
 }

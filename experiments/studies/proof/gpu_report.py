@@ -9,7 +9,7 @@ from experiments.common import files
 from experiments.common.ledger import Ledger
 from experiments.methods.compared import METHODS
 from experiments.report import provenance, tables
-from experiments.studies.proof import report as proof_report
+from experiments.studies.proof import protocol
 from experiments.studies.proof.tasks import ON_GPU
 
 STEPS, RUNS = 'gpu_steps.md', 'gpu_runs.md'
@@ -71,11 +71,11 @@ def of_runs(ledger: Iterable[Mapping[str, Any]]) -> str:
                 METHODS[method].title,
                 f'{own[0]["rho"]:g}' if own[0]['rho'] else '–',
                 str(len(own)),
-                proof_report.percent(own, 'last', 'test', 'accuracy'),
-                proof_report.percent(own, 'best', 'test', 'accuracy'),
-                proof_report.number(own, 'last', 'test', 'loss'),
-                proof_report.percent(own, 'last', 'test', 'calibration_error'),
-                proof_report.percent(own, 'fitted', 'accuracy'),
+                protocol.percent(own, 'last', 'test', 'accuracy'),
+                protocol.percent(own, 'best', 'test', 'accuracy'),
+                protocol.number(own, 'last', 'test', 'loss'),
+                protocol.percent(own, 'last', 'test', 'calibration_error'),
+                protocol.percent(own, 'fitted', 'accuracy'),
             ]
         )
     text = f'{tables.markdown(header, rows)}\n' if rows else 'Nothing was run yet.\n'

@@ -149,3 +149,15 @@ def mean(found: list[dict[str, Any]], *path: str) -> float | None:
             value = value.get(name) if isinstance(value, Mapping) else None
         values.append(value)
     return None if None in values else statistics.fmean(values)
+
+
+def percent(lines: list[dict[str, Any]], *path: str) -> str:
+    """A mean over lines in percent, – where a line lacks it."""
+    value = mean(lines, *path)
+    return '–' if value is None else f'{100 * value:.1f}'
+
+
+def number(lines: list[dict[str, Any]], *path: str) -> str:
+    """A mean over lines, – where a line lacks it."""
+    value = mean(lines, *path)
+    return '–' if value is None else f'{value:.3f}'

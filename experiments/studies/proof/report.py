@@ -91,18 +91,21 @@ def of_images(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]
                 *first,
                 tables.percent(statistics.summary(accuracy)),
                 _minus_sam(rows, unit, 'accuracy', 100, 1),
-                percent(lines, 'best', 'test', 'accuracy'),
+                protocol.percent(lines, 'best', 'test', 'accuracy'),
                 f'{protocol.mean(lines, "best", "epoch"):.0f}',
                 f'{100 * fitted:.1f}{"" if fitted >= FITTED else "†"}',
                 *(
                     text(lines, when, 'test', quantity)
                     for text, quantity in (
-                        (number, 'loss'),
-                        (percent, 'calibration_error'),
+                        (protocol.number, 'loss'),
+                        (protocol.percent, 'calibration_error'),
                     )
                     for when in ('last', 'best')
                 ),
-                *(percent(lines, 'rounded', str(b), 'test', 'accuracy') for b in BITS),
+                *(
+                    protocol.percent(lines, 'rounded', str(b), 'test', 'accuracy')
+                    for b in BITS
+                ),
             ]
         )
     return header, made
@@ -124,7 +127,7 @@ def of_text(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]:
                 f'{protocol.mean(lines, "best", "epoch"):.0f}',
                 _bits(lines, 'best', 'test', 'loss'),
                 _bits(lines, 'fitted', 'loss'),
-                percent(lines, 'last', 'test', 'calibration_error'),
+                protocol.percent(lines, 'last', 'test', 'calibration_error'),
                 *(
                     _bits(lines, 'rounded', str(b), split, 'loss')
                     for b in BITS
@@ -186,18 +189,6 @@ def _minus_sam(
     if found.get('low') is not None:
         text += f' [{found["low"]:+.{digits}f}, {found["high"]:+.{digits}f}]'
     return text.replace('-', '−')
-
-
-def percent(lines: list[dict[str, Any]], *path: str) -> str:
-    """A mean over lines in percent, – where a line lacks it."""
-    value = protocol.mean(lines, *path)
-    return '–' if value is None else f'{100 * value:.1f}'
-
-
-def number(lines: list[dict[str, Any]], *path: str) -> str:
-    """A mean over lines, – where a line lacks it."""
-    value = protocol.mean(lines, *path)
-    return '–' if value is None else f'{value:.3f}'
 
 
 def _bits(lines: list[dict[str, Any]], *path: str) -> str:

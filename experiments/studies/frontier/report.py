@@ -258,7 +258,7 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
             for name, row in by_cost(found).items()
             if row['cost'] and 'minus_sam' in row
         }
-        for name, row in shown.items():
+        for number, (name, row) in enumerate(shown.items(), 1):
             direction = METHODS[name].direction
             color, marker = plots.STYLES.get(direction, plots.OTHER)
             mean, low, high = (
@@ -274,12 +274,21 @@ def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:
                 markerfacecolor=color if row['status'] in filled else 'white',
                 linewidth=1.2,
             )
-            labels.append((METHODS[name].title, (row['cost'], mean), color))
+            labels.append((f'{number}', (row['cost'], mean), color))
+            # Below SAM's point, where nothing is as dear and as bad.
+            axes.text(
+                0.6,
+                0.66 - 0.046 * number,
+                f'{number}  {METHODS[name].title}',
+                transform=axes.transAxes,
+                color=color,
+                fontsize=8.5,
+            )
         axes.axhline(0, color=plots.INK, linewidth=0.8)
         axes.axhline(
             100 * decision.LOWEST, color=plots.INK, linewidth=0.8, linestyle=':'
         )
         axes.set_xlabel('time × SGD')
         axes.set_ylabel('points of accuracy − SAM')
-        plots.label_beside(figure, axes, labels, fontsize=8, fontweight='normal')
+        plots.label_beside(figure, axes, labels, fontsize=9)
         plots.save(figure, path)

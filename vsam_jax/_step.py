@@ -171,14 +171,12 @@ class Builder:
             begun: the result of :meth:`begin`.
             old: parameters, collections and optimizer state before the step; any tree.
             new: the same after the step.
-            dynamic_scale: the loss scale of the step, or None.
+            dynamic_scale: the loss scale of the step.
 
         Returns:
             ``new``, or ``old`` with the new state of the method, which advances; and
             the loss scale of the next step.
         """
-        if dynamic_scale is None:
-            return new, None
         # An overflow on one device skips the step on all of them.
         grads = _collectives.mean(begun.grads, self.axes)
         leaves = jax.tree.leaves(grads)

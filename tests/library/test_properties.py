@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import vsam_jax
 from tests import problems
-from vsam_jax import sampling
+from vsam_jax import _numerics, sampling
 
 
 class Reference:
@@ -208,6 +208,15 @@ def test_rho_zero_is_the_base_optimizer_exactly(rho, sample):
         problems.assert_equal(direction, grads)
         assert float(state.psf_norm) == 0
         params = optax.apply_updates(params, optax.tree.scale(-0.1, direction))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])
+def test_sums_of_narrow_arrays_are_rounded_once(dtype):
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=500), dtype) for _ in range(2))
+    # A number of Python leaves the dtype of what it is multiplied with.
+    exact = x.astype(jnp.float32) + 0.3 * y.astype(jnp.float32)
+    problems.assert_equal(_numerics.add_scaled(x, 0.3, y), exact.astype(dtype))
 
 
 @pytest.mark.parametrize('dtype', [jnp.float16, jnp.bfloat16])

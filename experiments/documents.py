@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments.benchmark import report, variants
 from experiments.report import tables
-from experiments.report.provenance import device_of
+from experiments.report.provenance import device_of, on
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENTS = pathlib.Path(__file__).parent
@@ -40,7 +40,7 @@ def _comparison(folder: str) -> str:
         f'{tables.markdown(*tables.of_comparison(summary))}\n'
         f'{tables.markdown(*tables.of_differences(summary))}\n'
         f'{tables.FOOTNOTE}{tables.DIFFERENCES} Mean ± sd of'
-        f' {seeds} seeds; {device_of(summary)}, jax {summary["versions"]["jax"]}.'
+        f' {seeds} seeds; {on(summary)}.'
         f' Command: {_commands(timed)}.\n'
     )
 

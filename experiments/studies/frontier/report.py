@@ -146,12 +146,7 @@ def _gains(found: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
         if 'minus_sam' in row
         and (name == 'sgd' or row['kept'] is None or row['kept'] >= decision.KEPT)
     ]
-    where = (
-        f' Time and memory on {provenance.device_of(measured)},'
-        f' jax {measured["versions"]["jax"]}.'
-        if measured
-        else ''
-    )
+    where = f' Time and memory on {provenance.on(measured)}.' if measured else ''
     return (
         f'{tables.markdown(header, rows)}\nMeans over tasks, with 95 % intervals.'
         f' Methods that keep less than {100 * decision.KEPT:.0f} % of what SAM gains'

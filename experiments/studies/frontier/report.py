@@ -59,14 +59,14 @@ def write(folder: pathlib.Path) -> list[pathlib.Path]:
     }
     memory = relative(costs, 'memory_times_sgd')
     # Their best learning rate is close to what does not train: single runs fail.
-    steady = {
+    without_vits = {
         name: row
         for name, row in accuracies.items()
         if TASKS[name].config().model != 'vit'
     }
     for name, row in by_cost(found).items():
         row['memory'] = memory.get(name)
-        row['without_vits'] = decision.judge(steady, name).get('minus_sam')
+        row['without_vits'] = decision.judge(without_vits, name).get('minus_sam')
     paths = [folder / name for name in FILES]
     content = {**found, **provenance.environment(), 'command': provenance.command()}
     files.write_json(paths[1], content)

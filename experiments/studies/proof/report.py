@@ -46,6 +46,11 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         if not any(lines for _, lines in rows.values()):
             missing.append(task.title)
             continue
+        missing += [
+            f'{_title(unit)} ({task.title})'
+            for unit, lines in rows.values()
+            if not lines
+        ]
         table = of_text if task.judge == 'loss' else of_images
         parts.append(
             f'### {task.title}\n\n{planned["parameters"]:,} parameters.\n\n'
@@ -150,12 +155,14 @@ def _finished(
         # Runs are made side by side, perhaps on several devices: their own times say
         # less than steps that were timed in turns.
         times = seconds[unit.method] * unit.epochs / base
-        first = [
-            METHODS[unit.method].title + (', equal time' if unit.row.equal_time else '')
-        ]
-        first += [str(len(lines)), str(unit.epochs), f'{times:.2f}']
+        first = [_title(unit), str(len(lines)), str(unit.epochs), f'{times:.2f}']
         found.append((unit, lines, [*first, *_settings(unit, lines[0])]))
     return found
+
+
+def _title(unit: Unit) -> str:
+    equal = ', equal time' if unit.row.equal_time else ''
+    return f'{METHODS[unit.method].title}{equal}'
 
 
 def _settings(unit: Unit, line: Mapping[str, Any]) -> list[str]:

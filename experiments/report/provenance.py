@@ -1,5 +1,6 @@
 """What made a result: versions, device, command, memory."""
 
+import collections
 import importlib.metadata
 import importlib.util
 import os
@@ -75,12 +76,20 @@ def on(content: Mapping[str, Any]) -> str:
 
 
 def made_on(lines: Iterable[Mapping[str, Any]]) -> str:
-    """A sentence on what the lines of a file were made on.
+    """A sentence on what the lines of a file were made on, with counts if it differs.
 
     Args:
-        lines: with what :func:`environment` or :func:`on` (``'on'``) gave; those that
-            say nothing are left out.
+        lines: with what :func:`environment` or :func:`on` (``'on'``) gave.
     """
-    said = (x.get('on') or (on(x) if 'device' in x else None) for x in lines)
-    found = '; '.join(dict.fromkeys(filter(None, said)))
-    return f'Made on {found}.' if found else 'What it was made on is not recorded.'
+    unsaid = 'not recorded'
+    found = collections.Counter(
+        x.get('on') or (on(x) if 'device' in x else unsaid) for x in lines
+    )
+    if set(found) <= {unsaid}:
+        return 'What it was made on is not recorded.'
+    if len(found) == 1:
+        return f'Made on {next(iter(found))}.'
+    counts = (
+        f'{where} ({number} of {found.total()})' for where, number in found.items()
+    )
+    return f'Made on {"; ".join(counts)}.'

@@ -149,7 +149,9 @@ def test_settings_are_the_best_of_the_checks(tmp_path):
     reported = protocol.jobs(ledger, unit)[3:]
     assert [job.notes['seed'] for job in reported] == [700, 701]
     assert {job.config.epochs for job in reported} == {4}
-    assert protocol.lines(ledger, unit) is None
+    assert protocol.lines(ledger, unit) == []
+    ledger.add(reported[1].key, {'seed': 701})
+    assert [line['seed'] for line in protocol.lines(ledger, unit)] == [701]
     unchecked = dataclasses.replace(TINY, checked=False)
     assert protocol.chosen(ledger, Unit('other', unchecked, 'sam')) == (0.1, 0.1)
 
@@ -235,7 +237,7 @@ def test_plan_runs_and_table_of_a_tiny_task(tmp_path, monkeypatch):
     assert (tmp_path / 'runs.jsonl').read_text() == text
 
     lines = protocol.lines(ledger, Unit('tiny', task, 'sam'))
-    assert lines is not None
+    assert len(lines) == 2
     for line in lines:
         # What was read from the checkpoint is the network of the last step.
         eight = line['rounded']['8']['test']['loss']
@@ -258,6 +260,10 @@ def test_plan_runs_and_table_of_a_tiny_task(tmp_path, monkeypatch):
         unit.entry: (unit, protocol.lines(ledger, unit))
         for unit in plan.units(made, {'tiny': task}, task.entries)
     }
+    unit, lines = rows['sam']
+    fewer = {**rows, 'sam': (unit, lines[:1])}
+    _, cells = report.of_images(fewer, {'sgd': 1.0, 'sam': 2.0})
+    assert [row[1] for row in cells] == ['2', '1 of 2', '1']
     equal = rows['sgd_equal'][0].epochs
     header, cells = report.of_text(rows, {'sgd': 1.0, 'sam': 2.0})
     assert [row[3] for row in cells] == ['1.00', '2.00', f'{equal / 4:.2f}']

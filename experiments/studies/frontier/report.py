@@ -236,9 +236,18 @@ def _text(
         ' (t). In parentheses ρ and the learning rate, chosen on validation examples'
         ' with other seeds; * at an end of those tried. The others have SAM’s learning'
         ' rate. Of text: the accuracy of the next byte, and the test loss in bits per'
-        f' byte, by which its settings are chosen. {provenance.made_on(ledger)} Older'
-        f' lines do not say it: CPUs.\n\n{decision.TEXT}'
+        f' byte, by which its settings are chosen.{_devices(ledger)}\n\n{decision.TEXT}'
     )
+
+
+def _devices(ledger: Ledger) -> str:
+    """What the runs were made on, by task where they say it."""
+    found = ''
+    for name, task in TASKS.items():
+        lines = [line for line in ledger if line['task'] == name]
+        if any('on' in line for line in lines):
+            found += f' Runs of {task.title}: {provenance.made_on(lines)}'
+    return f'{found} Older lines do not say what they were made on: CPUs.'
 
 
 def draw(found: Mapping[str, Any], path: pathlib.Path) -> None:

@@ -131,13 +131,11 @@ def jobs(ledger: Ledger, unit: Unit) -> list[Job]:
     return unit.checks() + ([] if pair is None else unit.reported(pair))
 
 
-def lines(ledger: Ledger, unit: Unit) -> list[dict[str, Any]] | None:
-    """The lines of the reported runs, one per seed; None while any is missing."""
+def lines(ledger: Ledger, unit: Unit) -> list[dict[str, Any]]:
+    """The lines of the reported runs that are made, at most one per seed."""
     pair = chosen(ledger, unit)
-    keys = [job.key for job in unit.reported(pair)] if pair is not None else []
-    if not keys or any(key not in ledger for key in keys):
-        return None
-    return [ledger[key] for key in keys]
+    made = unit.reported(pair) if pair is not None else []
+    return [ledger[job.key] for job in made if job.key in ledger]
 
 
 def mean(found: list[dict[str, Any]], *path: str) -> float | None:

@@ -54,10 +54,11 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         table = of_text if task.judge == 'loss' else of_images
         parts.append(
             f'### {task.title}\n\n{planned["parameters"]:,} parameters.\n\n'
-            f'{tables.markdown(*table(rows, planned["step_seconds"]))}'
+            f'{tables.markdown(*table(rows, planned["step_seconds"]))}\n'
+            f'{provenance.made_on(x for _, lines in rows.values() for x in lines)}\n'
         )
     if missing:
-        parts.append(f'Planned, but not run or not complete: {"; ".join(missing)}.\n')
+        parts.append(f'Planned, but not run: {"; ".join(missing)}.\n')
     parts.append(
         'Mean ± sd over seeds. In brackets: difference from SAM on the same seeds, with'
         ' its 95 % interval (t). Best: the epoch that is best on the examples held back'
@@ -68,7 +69,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
         ' runs, * at an end of those tried. Time: from the steps that'
         ' the plan timed in turns, on a CPU core. An entry at equal time'
         ' has as many epochs as fit in SAM’s.'
-        f' {provenance.made_on(ledger)} Command: `{provenance.command()}`.\n'
+        f' Command: `{provenance.command()}`.\n'
     )
     path = folder / TABLE
     with files.replacing(path) as file:
@@ -77,7 +78,7 @@ def write(folder: pathlib.Path) -> pathlib.Path:
 
 
 # By the name of an entry.
-Rows = Mapping[str, tuple[Unit, list[dict[str, Any]] | None]]
+Rows = Mapping[str, tuple[Unit, list[dict[str, Any]]]]
 # Of a step of a method, as the plan has them.
 Seconds = Mapping[str, float]
 
@@ -88,7 +89,7 @@ def of_images(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]
     header += ['NLL, last', 'NLL, best', 'ECE, %, last', 'ECE, %, best']
     header += [f'Test, %, {bits} bits' for bits in BITS]
     made = []
-    for unit, lines, first in _finished(rows, seconds):
+    for unit, lines, first in _made(rows, seconds):
         accuracy = [line['last']['test']['accuracy'] for line in lines]
         fitted = protocol.mean(lines, 'fitted', 'accuracy') or 0.0
         made.append(
@@ -122,7 +123,7 @@ def of_text(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]:
     header += ['Fitted', 'ECE, %']
     header += [f'{split}, {b} bits' for b in BITS for split in ('Validation', 'Test')]
     made = []
-    for unit, lines, first in _finished(rows, seconds):
+    for unit, lines, first in _made(rows, seconds):
         made.append(
             [
                 *first,
@@ -143,7 +144,7 @@ def of_text(rows: Rows, seconds: Seconds) -> tuple[list[str], list[list[str]]]:
     return header, made
 
 
-def _finished(
+def _made(
     rows: Rows, seconds: Seconds
 ) -> list[tuple[Unit, list[dict[str, Any]], list[str]]]:
     """Those that are there, with the columns that all tables begin with."""
@@ -155,7 +156,9 @@ def _finished(
         # Runs are made side by side, perhaps on several devices: their own times say
         # less than steps that were timed in turns.
         times = seconds[unit.method] * unit.epochs / base
-        first = [_title(unit), str(len(lines)), str(unit.epochs), f'{times:.2f}']
+        planned = len(unit.row.seeds)
+        seeds = f'{len(lines)}{f" of {planned}" if len(lines) < planned else ""}'
+        first = [_title(unit), seeds, str(unit.epochs), f'{times:.2f}']
         found.append((unit, lines, [*first, *_settings(unit, lines[0])]))
     return found
 
@@ -183,7 +186,7 @@ def _minus_sam(
     if unit.entry == 'sam' or not sam:
         return '–'
     values = {
-        key: {line['seed']: line['last']['test'][quantity] for line in lines or ()}
+        key: {line['seed']: line['last']['test'][quantity] for line in lines}
         for key, lines in (('own', rows[unit.entry][1]), ('sam', sam))
     }
     both = [seed for seed in values['own'] if seed in values['sam']]

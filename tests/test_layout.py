@@ -1,5 +1,6 @@
-"""What may import what: in the tests, and in the house of the experiments."""
+"""What may import what, in the tests and in the experiments; and their examples."""
 
+import doctest
 import importlib.metadata
 import pathlib
 import re
@@ -149,3 +150,18 @@ def test_imports_of_all_kinds_are_seen(tmp_path):
 def test_a_level_is_the_longest_way_down():
     imported = {'a': set(), 'b': {'a'}, 'c': {'a', 'b'}, 'd': {'c', 'a'}}
     assert house.levels(imported) == {'a': 1, 'b': 2, 'c': 3, 'd': 4}
+
+
+EXAMPLES = [
+    name
+    for name, path in house.modules(ROOT, 'experiments').items()
+    if '>>> ' in path.read_text()
+]
+
+
+# Those of the library are found by pytest.
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_examples_of_the_experiments_run(name):
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted
+    assert not found.failed

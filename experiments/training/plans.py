@@ -71,18 +71,22 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def check_length(plan: Mapping[str, Any], way_out: str, over: bool = False) -> None:
-    """Raises ConfigError if a plan takes longer than is allowed.
+def check_length(
+    plan: Mapping[str, Any], core_hours: float, way_out: str, over: bool = False
+) -> None:
+    """Raises ConfigError if what is wanted of a plan takes longer than is allowed.
 
     Args:
         plan: the plan.
+        core_hours: what is wanted of it; ``plan['core_hours']`` for all.
         way_out: what makes it shorter.
         over: whether a longer one is allowed.
     """
-    if plan['hours'] > plan['limit_hours'] and not over:
+    hours = core_hours / plan['cores']
+    if hours > plan['limit_hours'] and not over:
         raise configuration.ConfigError(
-            f'the plan takes {plan["hours"]:.1f} hours on {plan["cores"]} cores, more'
-            f' than {plan["limit_hours"]:g}: {way_out}, or allow it with --over.'
+            f'these runs take {hours:.1f} hours on {plan["cores"]} cores, more than'
+            f' {plan["limit_hours"]:g}: {way_out}, or allow it with --over.'
         )
 
 

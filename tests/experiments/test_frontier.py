@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from experiments.studies.frontier import cost, look, plan, protocol, report
 from experiments.studies.frontier.protocol import Unit
 from experiments.studies.frontier.task import EFFORTS, Effort
 from experiments.studies.frontier.tasks import CANDIDATES, CHOSEN, NOISY, TASKS
+from experiments.studies.proof import gpu, widths
 from experiments.training import many, plans
 from experiments.training.loop import train
 from tests.experiments.small import TASK
@@ -164,8 +166,9 @@ def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     assert '| all |' in (tmp_path / 'plan.md').read_text()
 
     long = json.loads((tmp_path / plans.PLAN).read_text())
-    (tmp_path / plans.PLAN).write_text(json.dumps({**long, 'hours': 9.0}))
-    with pytest.raises(configuration.ConfigError, match='takes 9'):
+    long['tasks']['mlp_200']['hours'] = 18.0  # Of one core.
+    (tmp_path / plans.PLAN).write_text(json.dumps(long))
+    with pytest.raises(configuration.ConfigError, match=r'take 9\.\d hours'):
         run()
     run(over=True)
     count = len(Told.made)
@@ -262,3 +265,27 @@ def test_costs_of_a_network_in_a_few_steps(task, monkeypatch):
     assert found['methods']['sgd']['times_sgd'] == 1
     header, rows = cost.rows_of({'networks': {'tiny': found}})
     assert {len(row) for row in rows} == {len(header)}
+
+
+@pytest.mark.parametrize(
+    ('main', 'arguments', 'said'),
+    [
+        (look.main, ['--output=x', '--seeds=0'], "--seeds: .* at least 1, got '0'"),
+        (look.main, ['--output=x', '--epochs=nan'], "--epochs: .* above 0, got 'nan'"),
+        (look.main, ['--output=x', '--tasks=no'], '--tasks: no: there are'),
+        (cost.main, ['--repeats=1.5'], "--repeats: .* at least 1, got '1.5'"),
+        (widths.main, ['--widths=8'], "--widths: must be two widths, got '8'"),
+        (widths.main, ['--widths=8,x'], "--widths: .* at least 1, got 'x'"),
+        (gpu.main, ['--minutes=-1'], "--minutes: .* above 0, got '-1'"),
+        (gpu.main, ['--tiny', '--items=no'], '--items=no: none begins so; there are'),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(
+    main, arguments, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert [path for path in tmp_path.iterdir() if path.is_file()] == []

@@ -189,6 +189,11 @@ def test_a_plan_that_is_too_long_is_refused(tmp_path):
     )
     with pytest.raises(configuration.ConfigError, match=r'more than 10: .*--over'):
         start({'tiny': TINY})
+    # What is not wanted does not count.
+    known = plans.read(tmp_path)
+    plans.check_length(known, 20.0, 'fewer')
+    with pytest.raises(configuration.ConfigError, match=r'10\.1 hours on 2 cores, m'):
+        plans.check_length(known, 20.2, 'fewer')
     with pytest.raises(configuration.ConfigError, match='must plan sgd'):
         start({'other': TINY})
     (tmp_path / plans.PLAN).unlink()

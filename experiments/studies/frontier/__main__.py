@@ -81,10 +81,10 @@ def run(
                 f'{plans.PLAN} must plan {", ".join(sorted(lacking))} on {name};'
                 ' make it again with --plan.'
             )
-    plans.check_length(known, WAY_OUT, over)
     seconds = functools.partial(plan.run_seconds, known)
-    # Whole tasks: where the other methods look for settings depends on SAM's.
     hours = lambda name: known['tasks'][name]['hours']
+    plans.check_length(known, sum(map(hours, tasks)), WAY_OUT, over)
+    # Whole tasks: where the other methods look for settings depends on SAM's.
     share = plans.share_out(tasks, hours, shard.count)[shard.index]
     own = {name: tasks[name] for name in tasks if name in share}
     ledger = Ledger(folder / 'runs.jsonl')
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.plan:
             made = make_plan(options.results, options.workdir, tasks, methods)
             tables.show('plan', *plan.rows_of(made))
-            plans.check_length(made, WAY_OUT, options.over)
+            plans.check_length(made, made['core_hours'], WAY_OUT, options.over)
         elif options.report:
             for file in report.write(options.results):
                 print(f'written to {file}')

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.benchmark import programs
-from experiments.common import configuration, files, names, progress, timing
+from experiments.common import configuration, files, names, progress, quantities, timing
 from experiments.configs import cifar100_small
 from experiments.data import sources
 from experiments.methods.compared import METHODS, config_of
@@ -185,11 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     for flag, known in (('--networks', NETWORKS), ('--methods', METHODS)):
         parser.add_argument(flag, type=names.of(known), default=list(known))
-    parser.add_argument('--repeats', type=int, default=3)
+    parser.add_argument('--repeats', type=quantities.count, default=3)
     parser.add_argument('--output', type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f'--repeats must be at least 1, got {options.repeats}')
     path = options.output
     content: dict[str, Any] = {'networks': {}}
     if path.exists():

@@ -11,9 +11,10 @@ What is in the output is not made again. A table is written beside it.
 import argparse
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Sequence
 
-from experiments.common import files, names
+from experiments.common import configuration, files, names, quantities
 from experiments.common.ledger import Ledger
 from experiments.report import provenance, statistics, tables
 from experiments.studies.frontier import protocol
@@ -120,9 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--output', type=pathlib.Path, required=True)
     parser.add_argument('--tasks', type=names.of(CANDIDATES), default=list(CANDIDATES))
     parser.add_argument(
-        '--epochs', type=float, default=1.0, help='the share of the epochs that is run'
+        '--epochs',
+        type=quantities.positive,
+        default=1.0,
+        help='the share of the epochs that is run',
     )
-    parser.add_argument('--seeds', type=int, default=2, help='how many are reported')
+    parser.add_argument(
+        '--seeds', type=quantities.count, default=2, help='how many are reported'
+    )
     parser.add_argument('--workdir', type=pathlib.Path, default='runs/frontier_look')
     options = parser.parse_args(arguments)
     looks = {
@@ -131,9 +137,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     ledger = Ledger(options.output)
     runs = sum(sum(protocol.count(t, m)[1:]) for t in looks.values() for m in METHODS)
-    Maker(ledger, options.workdir, train).work(
-        lambda: protocol.jobs(ledger, looks, METHODS), total=runs, title='look'
-    )
+    runs -= sum(line['task'] in looks for line in ledger)
+    try:
+        Maker(ledger, options.workdir, train).work(
+            lambda: protocol.jobs(ledger, looks, METHODS), total=runs, title='look'
+        )
+    except configuration.ConfigError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit('Interrupted. The same command goes on; the last run is made again.')
     header, rows = rows_of(ledger, looks)
     text = (
         f'{tables.markdown(header, rows)}\nAccuracy on test examples after the last'

@@ -83,13 +83,13 @@ def run(
     """
     known = plans.read(folder)
     planned = plan.units(known, tasks, entries)
-    plans.check_length(known, WAY_OUT, over)
     # Entries of the same method share the runs that settings are chosen with.
     of_work = lambda unit: f'{unit.name}/{unit.method}'
     seconds: dict[str, float] = {}
     for unit in planned:
         row = known['tasks'][unit.name]['entries'][unit.entry]
         seconds[of_work(unit)] = seconds.get(of_work(unit), 0.0) + row['seconds']
+    plans.check_length(known, sum(seconds.values()) / 3600, WAY_OUT, over)
     share = plans.share_out(seconds, seconds.__getitem__, shard.count)[shard.index]
     own = [unit for unit in planned if of_work(unit) in share]
     ledger = Ledger(folder / 'runs.jsonl')
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.plan:
             made = make_plan(options.results, tasks)
             tables.show('plan', *plan.rows_of(made))
-            plans.check_length(made, WAY_OUT, options.over)
+            plans.check_length(made, made['core_hours'], WAY_OUT, options.over)
         elif options.report:
             print(f'written to {report.write(options.results)}')
         else:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from experiments.benchmark import problems, steps, variants
 from experiments.benchmark.problems import Problem
-from experiments.common import configuration
+from experiments.common import configuration, quantities
 from experiments.common.ledger import Job, Ledger
 from experiments.methods.compared import METHODS, config_of
 from experiments.report import provenance
@@ -271,7 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('--pack', type=pathlib.Path, default='build/gpu')
     parser.add_argument('--output', type=pathlib.Path, default='runs/gpu')
-    parser.add_argument('--minutes', type=float, default=30.0, help='of all of it')
+    parser.add_argument(
+        '--minutes', type=quantities.positive, default=30.0, help='of all of it'
+    )
     parser.add_argument('--items', default='', help='those that begin so, by commas')
     parser.add_argument('--report', action='store_true', help='only the tables')
     parser.add_argument('--tiny', action='store_true', help='try the command out')
@@ -289,10 +291,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ledger = Ledger(options.output / 'gpu.jsonl')
     items = items_of(options.pack, options.output, ledger, options.tiny)
     begin = tuple(options.items.split(','))
-    items = [item for item in items if item.key.startswith(begin)]
+    wanted = [item for item in items if item.key.startswith(begin)]
+    if not wanted:
+        known = ', '.join(item.key for item in items)
+        parser.error(f'--items={options.items}: none begins so; there are {known}')
     left = 60 * options.minutes - (time.perf_counter() - begun)
     try:
-        missing = work(items, ledger, left)
+        missing = work(wanted, ledger, left)
     except KeyboardInterrupt:
         sys.exit('Interrupted. The same command goes on.')
     gpu_report.write(options.output)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.common import files
+from experiments.common import files, quantities
 from experiments.data import sources
 from experiments.methods.compared import METHODS, config_of
 from experiments.models import zoo
@@ -140,18 +140,26 @@ def rows_of(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def _two(text: str) -> set[int]:
+    widths = {quantities.count(width) for width in text.split(',')}
+    if len(widths) != 2:
+        raise argparse.ArgumentTypeError(f'must be two widths, got {text!r}')
+    return widths
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and writes the result files."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--widths', default='16,32', help='the two that are measured')
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--steps', type=int, default=2, help='of each in a round')
+    parser.add_argument(
+        '--widths', type=_two, default='16,32', help='the two that are measured'
+    )
+    parser.add_argument('--rounds', type=quantities.count, default=5)
+    parser.add_argument(
+        '--steps', type=quantities.count, default=2, help='of each in a round'
+    )
     parser.add_argument('--output', type=pathlib.Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    widths = [int(width) for width in options.widths.split(',')]
-    if len(set(widths)) != 2 or min(widths) < 1:
-        parser.error(f'--widths must be two widths >= 1, got {options.widths}')
-    found = extrapolate(measure(sorted(widths), options.rounds, options.steps))
+    found = extrapolate(measure(sorted(options.widths), options.rounds, options.steps))
     content = {
         **found,
         'verdict': verdict(found),

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import vsam_jax
 from experiments.benchmark.programs import memory
+from experiments.common import quantities
 from experiments.report import tables
 
 STEPS = ('base', 'reuse', 'sampled')
@@ -249,8 +250,8 @@ def measured_table(measured: dict[str, Any]) -> str:
 def main() -> None:
     """Prints both; see the module."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--parameters', type=float, default=1e9)
-    parser.add_argument('--devices', type=int, default=256)
+    parser.add_argument('--parameters', type=quantities.positive, default=1e9)
+    parser.add_argument('--devices', type=quantities.count, default=256)
     arguments = parser.parse_args()
     layout = Layout(arguments.parameters, arguments.devices)
     print(f'Derived, {layout}:\n\n{table(layout)}')

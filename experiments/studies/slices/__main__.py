@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.common import names, progress
+from experiments.common import names, progress, quantities
 from experiments.report import provenance, statistics
 from experiments.studies.slices import methods, report, screen, tasks
 
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument('--output', type=pathlib.Path, required=True)
     for flag, known in (('--tasks', tasks.TASKS), ('--methods', methods.METHODS)):
         parser.add_argument(flag, type=names.of(known), default=list(known))
-    parser.add_argument('--seeds', type=int, default=50, help='how many are reported')
+    parser.add_argument(
+        '--seeds', type=quantities.count, default=50, help='how many are reported'
+    )
     parser.add_argument(
         '--check', action='store_true', help='SGD and SAM as the trainer runs them'
     )

@@ -30,8 +30,12 @@ class Task(NamedTuple):
 
 TASKS = {
     'vit_192': Task('vit', 192, 300, 96),
+    'vit_96': Task('vit', 96, 300, 48),
     'vit_480': Task('vit', 480, 120, 96),
+    'cnn_48': Task('cnn', 48, 600, 48),
     'cnn_96': Task('cnn', 96, 300, 48),
+    'cnn_192': Task('cnn', 192, 300, 96),
+    'cnn_480': Task('cnn', 480, 120, 96),
     'mlp_96': Task('mlp', 96, 300, 48),
     'bytes_256': Task('decoder', 256, 40, 32),
     'bytes_1024': Task('decoder', 1024, 10, 32),

@@ -81,15 +81,16 @@ def made_on(lines: Iterable[Mapping[str, Any]]) -> str:
     Args:
         lines: with what :func:`environment` or :func:`on` (``'on'``) gave.
     """
-    unsaid = 'not recorded'
     found = collections.Counter(
-        x.get('on') or (on(x) if 'device' in x else unsaid) for x in lines
+        x.get('on') or (on(x) if 'device' in x else None) for x in lines
     )
-    if set(found) <= {unsaid}:
+    unsaid = found.pop(None, 0)
+    if not found:
         return 'What it was made on is not recorded.'
-    if len(found) == 1:
+    if len(found) == 1 and not unsaid:
         return f'Made on {next(iter(found))}.'
-    counts = (
-        f'{where} ({number} of {found.total()})' for where, number in found.items()
-    )
-    return f'Made on {"; ".join(counts)}.'
+    total = found.total() + unsaid
+    parts = [f'{where} ({number} of {total})' for where, number in found.items()]
+    if unsaid:
+        parts.append(f'not recorded ({unsaid} of {total})')
+    return f'Made on {"; ".join(parts)}.'

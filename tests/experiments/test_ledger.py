@@ -34,7 +34,7 @@ def test_what_lines_were_made_on_is_counted_where_it_differs():
     of = lambda *places: provenance.made_on({'on': x} if x else {} for x in places)
     assert of('a', 'a') == 'Made on a.'
     assert of('b', None, 'a', 'b') == (
-        'Made on b (2 of 4); not recorded (1 of 4); a (1 of 4).'
+        'Made on b (2 of 4); a (1 of 4); not recorded (1 of 4).'
     )
     nothing = 'What it was made on is not recorded.'
     assert of() == of(None, None) == nothing

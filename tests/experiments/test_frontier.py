@@ -288,4 +288,4 @@ def test_arguments_that_make_no_sense_are_refused(
         main(arguments)
     assert ended.value.code == 2
     assert re.search(said, capsys.readouterr().err)
-    assert [path for path in tmp_path.iterdir() if path.is_file()] == []
+    assert list(tmp_path.iterdir()) == []

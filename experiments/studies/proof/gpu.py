@@ -285,9 +285,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     if jax.default_backend() == 'cpu' and not options.tiny:
         parser.error('there is no accelerator here; --tiny tries the command out.')
-    options.output.mkdir(parents=True, exist_ok=True)
-    # A call that goes on compiles nothing again.
-    jax.config.update('jax_compilation_cache_dir', str(options.output / 'compiled'))
     ledger = Ledger(options.output / 'gpu.jsonl')
     items = items_of(options.pack, options.output, ledger, options.tiny)
     begin = tuple(options.items.split(','))
@@ -295,6 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not wanted:
         known = ', '.join(item.key for item in items)
         parser.error(f'--items={options.items}: none begins so; there are {known}')
+    options.output.mkdir(parents=True, exist_ok=True)
+    # A call that goes on compiles nothing again.
+    jax.config.update('jax_compilation_cache_dir', str(options.output / 'compiled'))
     left = 60 * options.minutes - (time.perf_counter() - begun)
     try:
         missing = work(wanted, ledger, left)

@@ -12,11 +12,28 @@ import ml_collections
 from experiments.configs import digits_tasks
 
 
+class Decoder(NamedTuple):
+    """A transformer, and the windows of text that it learns.
+
+    Attributes:
+        length: bytes of a window.
+        width: of the transformer.
+        depth: its layers.
+    """
+
+    length: int
+    width: int
+    depth: int
+
+
+DECODERS = {'decoder': Decoder(128, 64, 3), 'small_decoder': Decoder(64, 32, 2)}
+
+
 class Task(NamedTuple):
     """What tells a task from the others.
 
     Attributes:
-        model: the network; ``'decoder'`` learns text, the others digits.
+        model: the network; those of :data:`DECODERS` learn text, the others digits.
         train: images, or windows of text.
         epochs: how often each is seen.
         batch_size: examples of a mini-batch; 8 divides it.
@@ -37,6 +54,9 @@ TASKS = {
     'cnn_192': Task('cnn', 192, 300, 96),
     'cnn_480': Task('cnn', 480, 120, 96),
     'mlp_96': Task('mlp', 96, 300, 48),
+    'bytes_8k': Task('small_decoder', 128, 50, 16),
+    'bytes_16k': Task('small_decoder', 256, 25, 16),
+    'bytes_32k': Task('small_decoder', 512, 12, 16),
     'bytes_256': Task('decoder', 256, 40, 32),
     'bytes_1024': Task('decoder', 1024, 10, 32),
 }
@@ -57,28 +77,31 @@ def get_config(task: str = 'vit_192') -> ml_collections.ConfigDict:
     if task not in TASKS:
         raise ValueError(f'task must be one of {", ".join(TASKS)}; got {task!r}.')
     model, train, epochs, batch_size = TASKS[task]
-    # Of the ViT: its settings and AdamW, which the decoder has as well.
-    base = 'vit_600' if model in ('vit', 'decoder') else 'clean_600'
+    # Of the ViT: its settings and AdamW, which the decoders have as well.
+    base = 'vit_600' if model in ('vit', *DECODERS) else 'clean_600'
     config: Any = digits_tasks.get_config(base)
     config.name = f'right_labels_{task}'
-    config.model, config.epochs, config.batch_size = model, epochs, batch_size
+    config.epochs, config.batch_size = epochs, batch_size
     config.label_noise = 0.0
-    if model == 'decoder':
+    if model in DECODERS:
+        length, width, depth = DECODERS[model]
+        config.model = 'decoder'
         config.data = {
             'name': 'python_sources',
             'train': train,
             'validation': 256,
             'test': 512,
-            'length': 128,
+            'length': length,
             'split_seed': 0,
         }
         config.models.decoder = {
-            'width': 64,
-            'depth': 3,
+            'width': width,
+            'depth': depth,
             'heads': 2,
             'dtype': 'float32',
         }
     else:
+        config.model = model
         # What is not trained on makes the tests more precise.
         config.data.update({'train': train, 'validation': 400, 'test': 900})
     config.log_every = config.eval_every = max(epochs // 10, 1)

@@ -17,6 +17,13 @@ _ADAMW: Any = {
     'rates': (1e-3, 3e-3, 1e-2),
     'sgd_rates': (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
 }
+# Loss against the rate has a narrow valley on text.
+_TEXT: Any = {
+    'radii': _ADAMW['radii'],
+    'rates': (1e-3, 3e-3, 6e-3),
+    'sgd_rates': (3e-4, 6e-4, 1e-3, 2e-3, 4e-3),
+    'judge': 'loss',
+}
 _CLEAN: Any = {
     'radii': (0.05, 0.1, 0.2, 0.4, 0.8),
     'rates': (0.03, 0.1, 0.3),
@@ -123,6 +130,44 @@ CANDIDATES = {
         sgd_rates=(0.02, 0.05, 0.1, 0.2, 0.4),
         changes=(('batch_size', 96),),
     ),
+    'plain_1000': Task(
+        'CIFAR-100, 1,000 images, not augmented',
+        cifar100_small,
+        'noisy',
+        'middle',
+        radii=(0.05, 0.1, 0.2, 0.4, 0.8),
+        rates=(0.05, 0.1, 0.2),
+        sgd_rates=(0.02, 0.05, 0.1, 0.2, 0.4),
+        # A quick network, which learns them by heart.
+        changes=(
+            ('label_noise', 0.0),
+            ('data.train', 1000),
+            ('models.small_resnet.stem_stride', 4),
+            ('batch_size', 96),
+            ('epochs', 40),
+        ),
+    ),
+    'bytes_8k': Task(
+        'Python, 8 kB, small transformer, AdamW',
+        right_labels,
+        'bytes_8k',
+        'long',
+        **_TEXT,
+    ),
+    'bytes_16k': Task(
+        'Python, 16 kB, small transformer, AdamW',
+        right_labels,
+        'bytes_16k',
+        'long',
+        **_TEXT,
+    ),
+    'bytes_32k': Task(
+        'Python, 32 kB, small transformer, AdamW',
+        right_labels,
+        'bytes_32k',
+        'long',
+        **_TEXT,
+    ),
     'bytes_256': Task(
         'Python, 32 kB, transformer, AdamW',
         right_labels,
@@ -141,5 +186,7 @@ CANDIDATES = {
     ),
 }
 TASKS = {**NOISY, **CANDIDATES}
-# Of right labels those that SAM looked better on; the last was added to the plan later.
-CHOSEN: tuple[str, ...] = (*NOISY, 'vit_192', 'vit_480', 'cnn_96', 'cnn_48')
+# Of right labels those that SAM looked better on; the CNN on 48 digits and the texts
+# were added to the plan later. All methods on the texts would exceed its limit.
+_LATER = ('cnn_48', 'bytes_8k', 'bytes_16k')
+CHOSEN: tuple[str, ...] = (*NOISY, 'vit_192', 'vit_480', 'cnn_96', *_LATER)

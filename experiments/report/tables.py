@@ -1,5 +1,6 @@
 """Tables of results, on a terminal and in Markdown."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,11 +82,22 @@ def percent(accuracy: dict[str, Any]) -> str:
 
 def points(difference: dict[str, Any] | None) -> str:
     """Mean difference of shares and its interval, in points."""
+    return _difference(difference, 100, 1)
+
+
+def bits(difference: dict[str, Any] | None) -> str:
+    """Mean difference of losses per byte in nats and its interval, in bits."""
+    return _difference(difference, 1 / math.log(2), 3)
+
+
+def _difference(difference: dict[str, Any] | None, scale: float, digits: int) -> str:
     if difference is None:
         return '–'
-    text = f'{100 * difference["mean"]:+.1f}'
-    if difference['low'] is not None:
-        text += f' [{100 * difference["low"]:+.1f}, {100 * difference["high"]:+.1f}]'
+    mean, low, high = (
+        None if value is None else f'{scale * value:+.{digits}f}'
+        for value in (difference['mean'], difference['low'], difference['high'])
+    )
+    text = str(mean) if low is None else f'{mean} [{low}, {high}]'
     return text.replace('-', '−')
 
 

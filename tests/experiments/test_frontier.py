@@ -212,6 +212,24 @@ def test_plan_runs_and_report(task, tmp_path, monkeypatch):
     assert '| steady vSAM, η = 0.3 | 1.20 | 1.50 |' in gains.read_text()
 
 
+def test_what_sam_gains_on_text_is_told_in_points_and_bits(task, tmp_path, monkeypatch):
+    of_text = dataclasses.replace(task, judge='loss')
+    monkeypatch.setitem(TASKS, 'mlp_200', of_text)
+    ledger, methods = Ledger(tmp_path / 'runs.jsonl'), ('sgd', 'sam')
+    for _ in range(2):  # What is reported is known when the settings are.
+        for job in protocol.jobs(ledger, {'mlp_200': of_text}, methods):
+            if job.key not in ledger:
+                ledger.add(job.key, told(job))
+    accuracies = {
+        m: protocol.accuracies(ledger, Unit('mlp_200', of_text, m)) for m in methods
+    }
+    _, [row] = report.rows_of_gains({'mlp_200': accuracies, 'vit_600': _NONE}, ledger)
+    assert row[-2:] == ['+5.2 [+5.2, +5.2]', '−0.075 [−0.075, −0.075]']
+
+
+_NONE = {'sgd': None, 'sam': [0.5]}
+
+
 def test_costs_are_geometric_means_over_networks():
     networks = {
         'a': {'methods': {'sgd': {'x': 1.0}, 'sam': {'x': 2.0}, 'msam': {'x': 1.0}}},

@@ -91,8 +91,7 @@ def rows_of(
         of = lambda lines, what: [line['test'][what] for line in lines]
         bits = '–'
         if task.judge == 'loss':
-            minus = statistics.paired(of(sam, 'loss'), of(sgd, 'loss'))
-            bits = f'{minus["mean"] / _LN2:+.3f}'.replace('-', '−')
+            bits = tables.bits(statistics.paired(of(sam, 'loss'), of(sgd, 'loss')))
         rows.append(
             [
                 task.title,
@@ -110,9 +109,6 @@ def rows_of(
             ]
         )
     return header, rows
-
-
-_LN2 = 0.6931471805599453
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -67,6 +67,10 @@ def compare(
             'config.compare needs at least one method and one seed, got methods'
             f' {list(methods)} and seeds {list(seeds)}.'
         )
+    configuration.distinct('config.compare.methods', methods)
+    configuration.distinct('config.compare.seeds', seeds)
+    configuration.integer('config.compare.timing_rounds', timing_rounds, 1)
+    configuration.integer('config.compare.timing_steps', timing_steps, 1)
     dataset = sources.load(config.data)
     chosen = chosen or {}
     settings = {

@@ -9,6 +9,7 @@ starts with the finalists when it is started once all others are finished).
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,8 @@ def tune(
         The content of ``tuning.json``; nothing of a part.
 
     Raises:
-        ConfigError: without validation examples, or for seeds that are reported.
+        ConfigError: without validation examples, values or seeds, for seeds that are
+            reported or there twice, and for methods that there are not.
     """
     path = run_files.open_workdir(workdir)
     shard = shard or Shard()
@@ -64,6 +66,11 @@ def tune(
             'config.tune.seeds must have none of config.compare.seeds, but both hold'
             f' {sorted(shared)}.'
         )
+    # A run that counts twice is no second seed.
+    configuration.distinct('config.tune.seeds and final_seeds', [*seeds, *final_seeds])
+    configuration.integer('config.tune.finalists', finalists, 0)
+    for method, *_ in grid:
+        configuration.pick('config.tune.grid', config.methods, method)
     dataset = sources.load(config.data)
     if not dataset.validation.size:
         raise configuration.ConfigError(
@@ -74,6 +81,11 @@ def tune(
         for method, field, values, others in grid
         for value in values
     ]
+    if not trials or not seeds:
+        raise configuration.ConfigError(
+            'config.tune needs at least one value in its grid and one seed, got'
+            f' {len(trials)} values and seeds {list(seeds)}.'
+        )
     run = functools.partial(
         _try, config=config, dataset=dataset, path=path, shard=shard
     )
@@ -120,8 +132,9 @@ class _Trial:
 
     def judged(self) -> dict[str, Any]:
         rate = statistics.summary(run['sampling_rate'] for run in self.runs)
-        # Low where wrong labels are learnt by heart.
-        loss = statistics.summary(run['log'][-1]['loss'] for run in self.runs)
+        # Low where wrong labels are learnt by heart; null where it was not finite.
+        losses = [run['log'][-1]['loss'] for run in self.runs]
+        loss = statistics.summary(math.nan if x is None else x for x in losses)
         return {
             'settings': self.settings,
             'validation_accuracy': statistics.summary(

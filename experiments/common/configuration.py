@@ -98,6 +98,19 @@ def pick(section: str, table: Mapping[str, T], name: Any) -> T:
     return table[name]
 
 
+def integer(where: str, value: Any, low: int) -> None:
+    """Raises ConfigError unless ``value`` is an integer of at least ``low``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigError(f'{where} must be an integer >= {low}, got {value!r}.')
+
+
+def distinct(where: str, values: Iterable[Any]) -> None:
+    """Raises ConfigError if something is there twice, and so would count twice."""
+    values = list(values)
+    if len({*values}) < len(values):
+        raise ConfigError(f'{where} must hold nothing twice, got {values}.')
+
+
 def check(config: Any) -> None:
     """Checks the fields of a run; the sections are checked by who reads them."""
     one_of('fields', 'config', config, FIELDS + PLANS)
@@ -114,11 +127,8 @@ def check(config: Any) -> None:
         )
     integers = ('epochs', 'batch_size', 'log_every', 'eval_every', 'checkpoint_every')
     for name in (*integers, 'checkpoint_keep'):
-        value, low = config[name], 0 if name == 'checkpoint_every' else 1
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(
-                f'config.{name} must be an integer >= {low}, got {value!r}.'
-            )
+        low = 0 if name == 'checkpoint_every' else 1
+        integer(f'config.{name}', config[name], low)
     if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
         raise ConfigError(
             f'config.seed must be an integer in [0, 2**32), got {config.seed!r}.'

@@ -62,7 +62,8 @@ class Ledger:
         """Reads what other processes have added."""
         if not self._path.exists():
             return
-        for text in self._path.read_text().splitlines():
+        # A line may have been cut short within a letter.
+        for text in self._path.read_text(errors='replace').splitlines():
             try:
                 line = json.loads(text)
             except ValueError:

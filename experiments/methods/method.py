@@ -44,6 +44,8 @@ class Method:
             no VSAMState that says so.
         eval_params: ``eval_params(opt_state, params)`` are the parameters to evaluate;
             None where they are those that are trained.
+        parts: k, where a step takes every k-th example of a mini-batch for itself, so
+            that their number must be a multiple of k.
         shared: whether learning rate and ρ are in the state of ``tx``.
     """
 
@@ -53,4 +55,5 @@ class Method:
     init_memory: Callable[[], Any] = tuple
     always_samples: bool = False
     eval_params: Callable[[Any, Any], Any] | None = None
+    parts: int = 1
     shared: bool = False

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,8 @@ def _sgd_with_momentum(
     Returns:
         An optax transformation.
     """
+    _check_numbers(math.inf, learning_rate=learning_rate, weight_decay=weight_decay)
+    _check_numbers(1, momentum=momentum)
     schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
@@ -89,8 +92,18 @@ def _adamw(
     Returns:
         An optax transformation.
     """
+    _check_numbers(math.inf, learning_rate=learning_rate, weight_decay=weight_decay)
+    _check_numbers(1, b1=b1, b2=b2)
     schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
     return optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay)
+
+
+def _check_numbers(end: float, **numbers: Any) -> None:
+    """Raises ValueError for a number outside [0, end); traced ones are let through."""
+    for name, value in numbers.items():
+        if isinstance(value, (int, float)) and not 0 <= value < end:
+            allowed = 'a finite number >= 0' if end == math.inf else f'in [0, {end})'
+            raise ValueError(f'{name} must be {allowed}, got {value!r}.')
 
 
 _BASES = {'sgd': _sgd_with_momentum, 'adamw': _adamw}
@@ -152,7 +165,10 @@ def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
         return Method(base, (), make_step=esam.make_step, always_samples=True)
     if name == 'part_ascent':
         part = configuration.call(PartAscent, where, settings)
-        return Method(base, (), make_step=part.make_step, always_samples=True)
+        parts = round(1 / part.share)
+        return Method(
+            base, (), make_step=part.make_step, always_samples=True, parts=parts
+        )
     if name == 'saf':
         saf = configuration.call(
             SAF,
@@ -180,11 +196,13 @@ def create(name: str, settings: Any, optimizer: Any, task: Task) -> Method:
                 task.last_tensors, f'{where}.stats_tensors', {}, n=tensors
             )
     first = configuration.call(direction, where, settings)
-    make_step = vsam_jax.linen.make_train_step
+    make_step, share = vsam_jax.linen.make_train_step, 1
     if 'share' in allowed:
         share = settings.get('share', allowed['share'].default)
         make_step = functools.partial(make_step, psf_share=share)
-    return Method(optax.chain(first, base), programs, make_step=make_step)
+    return Method(
+        optax.chain(first, base), programs, make_step=make_step, parts=round(1 / share)
+    )
 
 
 def hyperparameters(config: Any) -> dict[str, float]:

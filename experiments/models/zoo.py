@@ -77,14 +77,21 @@ class CNN(nn.Module):
 # --- What a configuration may say of each -------------------------------------
 
 
+def _floating(name: str) -> Any:
+    dtype = jnp.dtype(name)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f'dtype must be a floating-point dtype, got {name!r}.')
+    return dtype
+
+
 def _mlp(
     num_classes: int, width: int = 32, depth: int = 1, dtype: str = 'float32'
 ) -> nn.Module:
-    return MLP(num_classes, width, depth, jnp.dtype(dtype))
+    return MLP(num_classes, width, depth, _floating(dtype))
 
 
 def _cnn(num_classes: int, width: int = 32, dtype: str = 'float32') -> nn.Module:
-    return CNN(num_classes, width, jnp.dtype(dtype))
+    return CNN(num_classes, width, _floating(dtype))
 
 
 def _small_resnet(
@@ -99,16 +106,16 @@ def _small_resnet(
         (blocks,) * 3,
         width,
         stem_stride=stem_stride,
-        dtype=jnp.dtype(dtype),
+        dtype=_floating(dtype),
     )
 
 
 def _resnet18(num_classes: int, width: int = 64, dtype: str = 'float32') -> nn.Module:
-    return ResNet(num_classes, (2, 2, 2, 2), width, dtype=jnp.dtype(dtype))
+    return ResNet(num_classes, (2, 2, 2, 2), width, dtype=_floating(dtype))
 
 
 def _resnet50(num_classes: int, width: int = 64, dtype: str = 'float32') -> nn.Module:
-    return ResNet(num_classes, (3, 4, 6, 3), width, Bottleneck, dtype=jnp.dtype(dtype))
+    return ResNet(num_classes, (3, 4, 6, 3), width, Bottleneck, dtype=_floating(dtype))
 
 
 def _wide_resnet(
@@ -119,7 +126,7 @@ def _wide_resnet(
     dtype: str = 'float32',
 ) -> nn.Module:
     _check_depth(depth, 4)
-    return WideResNet(num_classes, depth, width, stem_stride, jnp.dtype(dtype))
+    return WideResNet(num_classes, depth, width, stem_stride, _floating(dtype))
 
 
 def _pyramidnet(
@@ -131,11 +138,11 @@ def _pyramidnet(
     dtype: str = 'float32',
 ) -> nn.Module:
     _check_depth(depth, 2)
-    return PyramidNet(num_classes, depth, alpha, width, stem_stride, jnp.dtype(dtype))
+    return PyramidNet(num_classes, depth, alpha, width, stem_stride, _floating(dtype))
 
 
 def _mobilenet(num_classes: int, width: int = 32, dtype: str = 'float32') -> nn.Module:
-    return MobileNet(num_classes, width, jnp.dtype(dtype))
+    return MobileNet(num_classes, width, _floating(dtype))
 
 
 def _vit(
@@ -147,7 +154,7 @@ def _vit(
     dtype: str = 'float32',
 ) -> nn.Module:
     _check_heads(width, heads)
-    return ViT(num_classes, patch, width, depth, heads, jnp.dtype(dtype))
+    return ViT(num_classes, patch, width, depth, heads, _floating(dtype))
 
 
 def _decoder(
@@ -158,7 +165,7 @@ def _decoder(
     dtype: str = 'float32',
 ) -> nn.Module:
     _check_heads(width, heads)
-    return Decoder(num_classes, width, depth, heads, jnp.dtype(dtype))
+    return Decoder(num_classes, width, depth, heads, _floating(dtype))
 
 
 def _check_heads(width: int, heads: int) -> None:
@@ -190,9 +197,14 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 def create(name: str, settings: Any, num_classes: int) -> nn.Module:
     """The network of ``config.model`` with the settings ``config.models[name]``."""
-    builder = configuration.pick('config.model', MODELS, name)
+    builder, where = configuration.pick('config.model', MODELS, name), 'config.models'
+    for key, value in dict(settings).items():
+        if isinstance(value, int):
+            # Some networks may have no hidden layer, or no growth.
+            low = 0 if key in ('depth', 'alpha') else 1
+            configuration.integer(f'{where}.{name}.{key}', value, low)
     return configuration.call(
-        builder, f'config.models.{name}', settings, num_classes=num_classes
+        builder, f'{where}.{name}', settings, num_classes=num_classes
     )
 
 

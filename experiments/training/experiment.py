@@ -161,6 +161,12 @@ def build(
     else:
         settings = config.methods[config.method]
         method = registry.create(config.method, settings, config.optimizer, task)
+    if config.batch_size % method.parts:
+        raise configuration.ConfigError(
+            f'config.batch_size must be a multiple of {method.parts}, since'
+            f' config.methods.{config.method} has a share of 1/{method.parts}, got'
+            f' {config.batch_size}.'
+        )
     loss_fn = loss_of(model, config.label_smoothing)
     step = Step(method, loss_fn, devices, planned=config.dispatch == 'planned')
     return Experiment(config, batches, model, method, step)

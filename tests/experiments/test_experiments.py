@@ -496,6 +496,18 @@ def test_a_run_whose_settings_have_many_digits_is_found_finished(config, tmp_pat
         ({'method': 'esam', 'methods.esam.beta': 2.0}, 'config.methods.esam: beta'),
         ({'method': 'saf', 'methods.saf.lag': 0}, 'config.methods.saf: lag must be'),
         ({'data.train': 1790}, r'config.data: .*at most 1797'),
+        (
+            {'method': 'lean_sam', 'batch_size': 30},
+            r'batch_size must be a multiple of 4, since .*lean_sam has .* 1/4, got 30',
+        ),
+        ({'optimizer.learning_rate': float('nan')}, 'learning_rate must be a finite'),
+        ({'optimizer.learning_rate': -0.1}, 'config.optimizer: learning_rate must be'),
+        (
+            {'optimizer.momentum': 1.0},
+            r'optimizer: momentum must be in \[0, 1\)',
+        ),
+        ({'models.mlp.width': 0}, r'config.models.mlp.width must be an integer >= 1'),
+        ({'models.mlp.dtype': 'int32'}, 'config.models.mlp: dtype must be a floating'),
     ],
 )
 def test_a_setting_that_cannot_be_meant_is_named(config, tmp_path, change, message):
@@ -696,6 +708,26 @@ def test_finished_runs_of_a_comparison_are_not_run_again(config, compared):
     assert again == summary
 
 
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            {'seeds': (1, 1)},
+            r'compare.seeds must hold nothing twice, got \[1, 1',
+        ),
+        ({'methods': ('sgd', 'sgd')}, 'config.compare.methods must hold nothing twice'),
+        ({'timing_rounds': 0}, 'config.compare.timing_rounds must be an integer >= 1'),
+        ({'timing_steps': 0}, 'config.compare.timing_steps must be an integer >= 1'),
+    ],
+)
+def test_a_comparison_that_would_count_a_run_twice_or_time_nothing_is_not_begun(
+    config, tmp_path, change, message
+):
+    plan = {'methods': ('sgd',), 'seeds': (1,), 'timing_rounds': 1, 'timing_steps': 1}
+    with pytest.raises(configuration.ConfigError, match=message):
+        compare.compare(config, tmp_path, **{**plan, **change})
+
+
 def test_shards_make_each_run_once_and_a_whole_finds_them_finished(config, tmp_path):
     settings = {
         'methods': ('sgd', 'sam'),
@@ -860,6 +892,28 @@ def test_the_best_settings_are_tried_with_further_seeds(config, tmp_path):
     assert [len(value) for value in values] == [1 + (n in best) for n in range(3)]
     winner = max(best, key=lambda place: np.mean(values[place]))
     assert tuning['chosen'] == {'sgd': trials[winner]['settings']}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'seeds': ()}, r'at least one value in its grid and one seed, got 1 .* \[\]'),
+        ({'seeds': (100, 100)}, 'config.tune.seeds and final_seeds must hold nothing'),
+        ({'final_seeds': (100,), 'finalists': 1}, 'must hold nothing twice'),
+        ({'finalists': -1}, 'config.tune.finalists must be an integer >= 0, got -1'),
+        ({'grid': ()}, 'at least one value in its grid and one seed, got 0 values'),
+        ({'grid': (('adam', 'epochs', (1,), {}),)}, "grid must be one of.*got 'adam'"),
+    ],
+)
+def test_tuning_that_could_not_choose_is_not_begun(config, tmp_path, change, message):
+    plan = {'seeds': (100,), 'grid': (('sgd', 'epochs', (1,), {}),)}
+    with pytest.raises(configuration.ConfigError, match=message):
+        tune.tune(config, tmp_path, **{**plan, **change})
+
+
+def test_settings_with_which_training_diverges_are_judged_like_others():
+    run = {'validation_accuracy': 0.1, 'sampling_rate': 1.0, 'log': [{'loss': None}]}
+    assert np.isnan(tune._Trial('sam', {}, [run]).judged()['training_loss'])
 
 
 def test_seeds_that_are_reported_are_not_tuned_on(config, tmp_path):

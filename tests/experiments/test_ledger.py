@@ -23,6 +23,8 @@ def test_a_line_that_was_cut_short_is_as_if_it_were_not_there(tmp_path):
     Ledger(path).add('a', {'value': 1})
     with path.open('a') as file:
         file.write('{"key": "b", "val')
+    with path.open('ab') as file:
+        file.write('"η'.encode()[:-1])  # Half of a letter.
     ledger = Ledger(path)
     assert 'b' not in ledger
     ledger.add('c', {'value': 3})

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax import core
 
+from vsam_jax import _numerics
 from vsam_jax._types import PyTree
 
 _MAX_SHOWN = 100
@@ -167,7 +168,7 @@ def _computable(dtype: Any) -> bool:
     if not jnp.issubdtype(dtype, jnp.floating):
         return False
     try:
-        jnp.promote_types(dtype, jnp.float32)
+        _numerics.wide_dtype(dtype)
     except ValueError:  # TypePromotionError: float8 and narrower.
         return False
     return True

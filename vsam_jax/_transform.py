@@ -7,6 +7,7 @@ an optax transformation. It does not depend on particular ones.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -205,8 +206,10 @@ class _Method:
         _collectives.check_per_device(per_device, axis_name)
         if sample is not False:
             self._check_slice(grad_fn, psf_grad_fn, psf_share)
-        second_fn = grad_fn if psf_grad_fn is None else psf_grad_fn
-        _check_update(updates, state, params, second_fn, sample)
+        source = _Source('grad_fn', grad_fn)
+        if psf_grad_fn is not None:
+            source = _Source('psf_grad_fn', psf_grad_fn)
+        _check_update(updates, state, params, source, sample)
         self._check_state(state, params, per_device)
         _collectives.check_told(axis_name, 'the gradient', updates, params)
         _collectives.check_own('updates', updates, axes)
@@ -218,12 +221,11 @@ class _Method:
         sample = _decision.resolve(sample, rule, always=self.sampling.always)
 
         def sampled() -> _Outcome:
-            assert second_fn is not None
             own = _collectives.own_copy(params, axes)
             is_slice, first = psf_grad_fn is not None, _Pass(value, updates)
             if is_slice:
-                first = _pass_of(second_fn, updates, own)
-            two = self._two_passes(first, second_fn, own, before, axes, per_device)
+                first = _pass_of(source, updates, own)
+            two = self._two_passes(first, source, own, before, axes, per_device)
             return self._accept(grads, two, state, params, sample, is_slice)
 
         def unsampled() -> _Outcome:
@@ -288,7 +290,7 @@ class _Method:
     def _two_passes(
         self,
         first: '_Pass',
-        grad_fn: GradFn,
+        source: '_Source',
         params: PyTree,
         state: VSAMState,
         axes: _collectives.Axes,
@@ -298,7 +300,7 @@ class _Method:
 
         Args:
             first: each device's own first pass.
-            grad_fn: runs another pass.
+            source: runs another pass.
             params: w, each device's own copy.
             state: the state before this update.
             axes: the axes to average over.
@@ -315,11 +317,11 @@ class _Method:
         perturbed = perturbations.perturb(
             self.perturbation, ascent, params, radius, mask, state.perturbation_memory
         )
-        second = _pass_of(grad_fn, first.grads, perturbed)
-        rise = _rise(first.value, second.value)
-        _check_second(second.grads, first.grads, params)
+        second = _pass_of(source, first.grads, perturbed)
+        rise = _rise(source.name, first.value, second.value)
+        _check_second(source.name, second.grads, first.grads, params)
         # The second pass may round differently from the first.
-        at_zero = lambda g, g_sam: jnp.where(radius == 0, g, g_sam)
+        at_zero = functools.partial(_numerics.first_at_zero, radius)
         sam_grads = jax.tree.map(at_zero, first.grads, second.grads)
         return _Sample(
             grads=grads,
@@ -354,8 +356,8 @@ class _Method:
         # that overflow in a narrow psf_dtype.
         norms = [grad_norm, own_norm, psf_norm, _numerics.wide_norm(memory, dtype)]
         accepted = jnp.isfinite(jnp.stack(norms)).all()
-        # Decisions are not differentiated. They are piecewise constant, and the
-        # derivative of a norm at zero is not finite.
+        # Decisions are not differentiated: they are piecewise constant. Weights that
+        # follow from these norms (SteadyDifference) count as constants too.
         grad_norm, own_norm, psf_norm, sharpness = jax.lax.stop_gradient(
             (grad_norm, own_norm, psf_norm, two.sharpness.astype(dtype))
         )
@@ -448,6 +450,14 @@ class _Method:
                 'grad_fn must take the gradient of the whole mini-batch, got one with'
                 f' psf_share={grad_fn.psf_share:g}: pass it as psf_grad_fn.'  # pyright: ignore
             )
+        if psf_share is not None:
+            given = _portions.parts_of(psf_share)
+            if given > 1 and psf_grad_fn is None:
+                raise ValueError(
+                    'psf_share must not be given without psf_grad_fn, of which it says'
+                    f' the share, got psf_share=1/{given}: update cuts no mini-batch.'
+                    ' Give psf_grad_fn, the gradient of that share of the examples.'
+                )
         if psf_share is None:
             psf_share = getattr(psf_grad_fn, 'psf_share', None)
         if self.parts is not None:
@@ -497,7 +507,13 @@ class _Method:
                 'state must hold arrays, got the shapes and dtypes that jax.eval_shape'
                 ' makes: run tx.init(params), or restore into them.'
             )
-        if jnp.promote_types(dtype, jnp.float32) != dtype:
+        if (known := jax.dtypes.canonicalize_dtype(dtype)) != dtype:
+            raise TypeError(
+                f'state must hold its statistics in {known}, got {dtype}:'
+                ' jax_enable_x64 was on when tx.init made it, and is off now. Turn it'
+                ' on, or make the state again.'
+            )
+        if _numerics.wide_dtype(dtype) != dtype:
             raise TypeError(
                 'state must hold its statistics in float32 or wider, got'
                 f' {dtype}: cast the parameters alone, and psf_dtype is'
@@ -564,6 +580,13 @@ def _budget(rule: SamplingRule, budget: Any, dtype: DTypeLike) -> jax.Array:
     return jnp.asarray(budget, dtype)
 
 
+class _Source(NamedTuple):
+    """The function that runs a pass, and the name of the argument that it came in."""
+
+    name: str
+    function: GradFn | None
+
+
 class _Pass(NamedTuple):
     """One pass over some examples: the loss, or None if unknown, and ∇L."""
 
@@ -579,21 +602,23 @@ class _Sample(NamedTuple):
     sharpness: jax.Array
 
 
-def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
-    """Calls ``grad_fn``, whose gradient must look like ``like``."""
-    value, grads, structure = None, grad_fn(params), jax.tree.structure(like)
+def _pass_of(source: _Source, like: PyTree, params: PyTree) -> _Pass:
+    """Runs a pass, whose gradient must look like ``like``."""
+    name, function = source
+    assert function is not None
+    value, grads, structure = None, function(params), jax.tree.structure(like)
     if isinstance(grads, tuple) and len(grads) == 2:
         parts = [jax.tree.structure(x) == structure for x in (grads, *grads)]
         if parts == [False, True, False]:
             raise TypeError(
-                'grad_fn must return the gradient, or (value, gradient), got a gradient'
+                f'{name} must return the gradient, or (value, gradient), got a gradient'
                 ' and something else, as from jax.grad(loss, has_aux=True): return the'
                 ' gradient alone, lambda p: jax.grad(loss, has_aux=True)(p, batch)[0].'
             )
         if not parts[0] and parts[2]:
             value, grads = grads
     _checks.same_tree(
-        'the result of grad_fn',
+        f'the result of {name}',
         grads,
         'the gradient passed to update',
         like,
@@ -602,28 +627,29 @@ def _pass_of(grad_fn: GradFn, like: PyTree, params: PyTree) -> _Pass:
     return _Pass(value, grads)
 
 
-def _check_second(second: PyTree, first: PyTree, params: PyTree) -> None:
-    """Raises if ``grad_fn`` returned the first gradient instead of a second."""
+def _check_second(name: str, second: PyTree, first: PyTree, params: PyTree) -> None:
+    """Raises if the first gradient was returned instead of a second."""
     if _dependence.is_first_again(second, first, params):
         raise ValueError(
-            'grad_fn must take the gradient at the parameters that it is given, but'
+            f'{name} must take the gradient at the parameters that it is given, but'
             ' returned the first gradient, which does not depend on them. Write'
-            ' grad_fn=lambda p: jax.grad(loss)(p, batch).'
+            f' {name}=lambda p: jax.grad(loss)(p, batch).'
         )
 
 
-def _rise(first: Any, second: Any) -> jax.Array:
+def _rise(name: str, first: Any, second: Any) -> jax.Array:
     """L(w + ε) − L(w), or NaN if it is not known."""
     if second is None:
         return jnp.full((), jnp.nan)
     if first is None:
         raise ValueError(
-            'value must be the loss of the first pass where grad_fn returns'
+            f'value must be the loss of the first pass where {name} returns'
             ' (value, gradient), got None: pass value=loss, or return the gradient'
             ' alone, as jax.grad does where jax.value_and_grad does not.'
         )
+    # With a slice both are results of the function.
+    _check_value(f'the value that {name} returns', second)
     _check_value('value', first)
-    _check_value('the value that grad_fn returns', second)
     first, second = (_numerics.widen(jnp.asarray(x)) for x in (first, second))
     return second - first
 
@@ -647,7 +673,7 @@ def _check_update(
     updates: PyTree,
     state: VSAMState,
     params: PyTree | None,
-    grad_fn: GradFn | None,
+    source: _Source,
     sample: Any,
 ) -> None:
     """Raises for invalid arguments of ``update``."""
@@ -658,9 +684,9 @@ def _check_update(
         )
     if not isinstance(state, VSAMState):
         raise TypeError(_checks.no_state('VSAMState', state))
-    if grad_fn is not None:
-        _checks.gradient_function('grad_fn', grad_fn, params)
-    if grad_fn is None and sample is not False:
+    if source.function is not None:
+        _checks.gradient_function(source.name, source.function, params)
+    elif sample is not False:
         raise ValueError(
             'grad_fn must be a function that maps parameters to the gradient of'
             ' the same mini-batch, got None. Call tx.update(grads, state, params,'

@@ -101,7 +101,10 @@ def l2_ascent(grads: PyTree, params: PyTree, rho: jax.Array) -> PyTree:
         0.3 0.4
     """
     del params
-    scale = rho / (_numerics.wide_norm(grads) + _NORM_FLOOR)
+    norm = _numerics.wide_norm(grads)
+    # At ‖g‖ = 0 the result is zero anyway, and so should its derivative be: it would
+    # be that of 10¹² ρ g.
+    scale = jnp.where(norm == 0, 0 * rho, rho / (norm + _NORM_FLOOR))
     return jax.tree.map(lambda g: scale * _numerics.widen(g), grads)
 
 

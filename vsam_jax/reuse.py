@@ -132,6 +132,8 @@ def steady_weight(norms: SampleNorms, *, every: int, tolerance: float) -> jax.Ar
     .. math::
       w = \min\Big(1, \frac{\sqrt{k (1 + η + η ‖g‖^2 / ‖s‖^2)} - 1}{k - 1}\Big)
 
+    A derivative through a training step treats w as a constant.
+
     Args:
         norms: ‖g‖ and ‖s‖ of the sample.
         every: k >= 2.
@@ -309,13 +311,14 @@ class RescaledOrthogonal(ReuseRule):
         inner = jnp.asarray(optax.tree.sum(optax.tree.mul(g, g_sam)))
         kappa = inner / jnp.where(squared == 0, 1, squared)
         orthogonal = optax.tree.add_scale(g_sam, -kappa, g)
-        norm = optax.tree.norm(orthogonal)
+        norm = _numerics.wide_norm(orthogonal)
         # Scaled to length one, rounding errors would make a direction. In one
         # dimension, or on a quadratic bowl, g_v is nothing but rounding errors.
         arrays = [norm, *jax.tree.leaves(sam_grads)]
         eps = max(float(jnp.finfo(x.dtype).eps) for x in arrays)
         noise = 8 * eps * optax.tree.norm(g_sam)
-        inverse = jnp.where(norm <= noise, 0, 1 / jnp.where(norm == 0, 1, norm))
+        is_zero = norm <= noise
+        inverse = jnp.where(is_zero, 0, 1 / jnp.where(is_zero, 1, norm))
         unit = optax.tree.scale(inverse, orthogonal)
         return optax.tree.cast_like(unit, memory), (kappa, norm)
 
@@ -323,7 +326,7 @@ class RescaledOrthogonal(ReuseRule):
         self, grads: PyTree, memory: PyTree, age: jax.Array, norms: SampleNorms
     ) -> tuple[PyTree, Weights]:
         del age, norms
-        norm = optax.tree.norm(jax.tree.map(_numerics.widen, grads))
+        norm = _numerics.wide_norm(grads)
         return memory, (jnp.ones_like(norm), self.gain * norm)
 
     def direction(self, grads: PyTree, memory: PyTree, weights: Weights) -> PyTree:

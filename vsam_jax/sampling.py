@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vsam_jax import _checks, statistics
+from vsam_jax import _checks, _numerics, statistics
 from vsam_jax._types import DTypeLike, PyTree
 from vsam_jax.statistics import Rings
 
@@ -185,7 +185,9 @@ def window_plan(budget: jax.Array, uniforms: jax.Array) -> jax.Array:
     """
     window = uniforms.shape[0]
     quota = jnp.floor(budget).astype(jnp.int32)
-    hit = uniforms >= 1 - budget / window
+    threshold = 1 - budget / window
+    dtype = _numerics.wide_dtype(uniforms.dtype, threshold.dtype)
+    hit = uniforms.astype(dtype) >= threshold.astype(dtype)
     hits_before = jnp.cumsum(hit, dtype=jnp.int32) - hit.astype(jnp.int32)
     remaining = window - jnp.arange(window, dtype=jnp.int32)
     return (hit & (hits_before < quota)) | (remaining <= quota - hits_before)

@@ -127,7 +127,7 @@ def relative_change(ring: jax.Array, filled: jax.Array) -> jax.Array:
     """
     window = ring.shape[0]
     previous, current = ring[:-1], ring[1:]
-    exists = jnp.arange(1, window) > window - filled
+    exists = jnp.arange(1, window, dtype=jnp.int32) > window - filled
     # Below the smallest normal number some devices divide by zero.
     valid = exists & (previous >= jnp.finfo(ring.dtype).tiny)
     change = jnp.where(valid, (current - previous) / jnp.where(valid, previous, 1), 0)

@@ -312,10 +312,11 @@ def test_arrays_of_numpy_make_no_warnings(recwarn):
     assert {s.dtype for s in jax.tree.leaves(state.psf)} == {jnp.dtype('float32')}
 
 
-@pytest.mark.parametrize('method', [vsam_jax.vsam, vsam_jax.steady_vsam])
-def test_dtypes_are_promoted_by_nobody(method):
-    tx, w = method(), jnp.ones(2)
-    with jax.numpy_dtype_promotion('strict'):
+@pytest.mark.parametrize('method', [vsam_jax.vsam, vsam_jax.steady_vsam, vsam_jax.asam])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float64])
+def test_dtypes_are_promoted_by_nobody(method, dtype):
+    with jax.enable_x64(dtype == jnp.float64), jax.numpy_dtype_promotion('strict'):
+        tx, w = method(), jnp.ones(2, dtype)
         state = tx.init(w)
         for sample in (True, False):
             update = lambda s, sample=sample: tx.update(

@@ -172,6 +172,26 @@ def test_gradients_with_something_beside_them_are_named():
 
 
 @pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        (start(), 'psf_grad_fn must be a function of the parameters, got'),
+        (GRAD, 'psf_grad_fn must be .* alone, got one.*psf_grad_fn=lambda p'),
+        (lambda p: (grad_fn(p), {'accuracy': 1.0}), 'psf_grad_fn must return the'),
+        (lambda p: None, 'the result of psf_grad_fn must have the tree structure'),
+        (lambda p: (0, grad_fn(p)), 'the value that psf_grad_fn returns must be'),
+        (lambda p: start(), None),
+    ],
+)
+def test_an_error_names_the_argument_that_was_given(given, message):
+    call = functools.partial(update, SAM, grad_fn=None, psf_grad_fn=given)
+    if message is None:
+        call()
+        return
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+@pytest.mark.parametrize(
     ('name', 'meant'),
     [('per_devices', 'per_device'), ('samples', 'sample'), ('gradfn', 'grad_fn')],
 )
@@ -265,6 +285,14 @@ def test_a_state_in_half_precision_is_named():
     state = optax.tree.cast(SAM.init(start()), jnp.bfloat16)
     with pytest.raises(TypeError, match='float32 or wider, got bfloat16'):
         update(SAM, state)
+
+
+@pytest.mark.parametrize('method', [SAM, STEADY])
+def test_a_state_that_was_made_in_64_bit_mode_is_named(method):
+    with jax.enable_x64(True):
+        state = method.init({'w': jnp.full((3, 1), 0.1, jnp.float64)})
+    with pytest.raises(TypeError, match=r'in float32, got float64: jax_enable_x64'):
+        update(method, state)
 
 
 def test_states_that_were_restored_without_a_target_are_named():

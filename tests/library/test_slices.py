@@ -203,6 +203,24 @@ def test_looksam_says_why_it_takes_no_slices():
         method.update(params, method.init(params), params, psf_grad_fn=lambda p: p)
 
 
+def test_a_share_without_the_gradient_of_a_slice_is_named():
+    """It would be ignored, and s the difference of two sets of examples."""
+    params, batch = problems.toy_params(), jnp.ones(4)
+    for method in (vsam_jax.sam(0.1), vsam_jax.lean_sam(0.1)):
+        update = functools.partial(
+            method.update,
+            jax.grad(mean_loss)(params, batch),
+            method.init(params),
+            params,
+        )
+        of_slice = lambda p: jax.grad(mean_loss)(p, batch[::4])
+        with pytest.raises(ValueError, match=r'without psf_grad_fn.*psf_share=1/4'):
+            update(grad_fn=of_slice, psf_share=1 / 4)
+        with pytest.raises(ValueError, match='psf_share must be one divided by'):
+            update(psf_grad_fn=of_slice, psf_share=0.3)
+        update(psf_grad_fn=of_slice, psf_share=1 / 4)
+
+
 # --- Builders -----------------------------------------------------------------
 
 

@@ -282,7 +282,34 @@ def test_gradients_flow_through_an_unrolled_run():
     # At 0 the PSF vanishes, where a norm has no derivative.
     slopes = jax.jit(jax.jacfwd(final))(0.0)
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(slopes))
-    assert bool(jnp.isfinite(value_and_slope(0.0)[1]))
+    # There it keeps the bits of g, but a run that learns ρ must be able to leave it.
+    want = (value_and_slope(h)[0] - value_and_slope(0.0)[0]) / h
+    assert float(value_and_slope(0.0)[1]) == pytest.approx(float(want), rel=1e-3)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('name', ['steady_vsam', 'asam', 'looksam', 'fsam'])
+def test_gradients_flow_where_norms_vanish(name):
+    """At a minimum ‖g‖ is zero, and on a bowl the part of g_SAM across g."""
+    bowl = lambda w: jnp.sum(w**2)
+
+    def final(w, rho):
+        tx = optax.chain(problems.METHODS[name](rho), optax.sgd(0.1))
+        state = (w, tx.init(w))
+        for _ in range(3):
+            step = problems.make_step(tx, lambda w, _: bowl(w))
+            state, _ = step(state, None)
+        return bowl(state[0] - 1)
+
+    value_and_slopes = jax.jit(jax.value_and_grad(final, (0, 1)))
+    _, (at_minimum, _) = value_and_slopes(jnp.zeros(2), 0.1)
+    assert (jnp.abs(at_minimum) < 10).all()  # Not a multiple of 10¹² either.
+    w, h = jnp.array([1.0, 0.5]), 1e-6
+    (below, _), (_, (_, slope)), (above, _) = (
+        value_and_slopes(w, rho) for rho in (0.1 - h, 0.1, 0.1 + h)
+    )
+    want = (above - below) / (2 * h)
+    assert float(slope) == pytest.approx(float(want), rel=1e-5)
 
 
 @pytest.mark.parametrize(

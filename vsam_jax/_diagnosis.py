@@ -234,6 +234,7 @@ def diagnose(
         raise TypeError(
             f'grad_fn must be a function of (params, batch), got {grad_fn!r}.'
         )
+    perturbations.check(perturbation)
     _checks.floating_leaves('params', params)
     radii = _radii(rhos)
     num_batches = _checks.integer('num_batches', num_batches, low=2)

@@ -88,12 +88,7 @@ def sharpness_aware(
         >>> print(int(tx.init(jnp.ones(2)).plan.sum()))
         492
     """
-    if not callable(perturbation) or isinstance(perturbation, type):
-        raise TypeError(
-            'perturbation must be a function of (grads, params, rho), such as'
-            ' perturbation.l2_ascent, or a perturbation.StatefulPerturbation, got'
-            f' {_checks.shown(perturbation)}.'
-        )
+    perturbations.check(perturbation)
     _checks.instance('sampling', sampling, SamplingRule, 'sampling.Periodic(5)')
     _checks.instance('reuse', reuse, ReuseRule, 'reuse.NoReuse()')
     method = _Method(

@@ -467,6 +467,16 @@ def perturb(
     )
 
 
+def check(perturbation: Any) -> None:
+    """Raises TypeError for what is no perturbation, a whole method for example."""
+    if not callable(perturbation) or isinstance(perturbation, type):
+        raise TypeError(
+            'perturbation must be a function of (grads, params, rho), such as'
+            ' perturbation.l2_ascent, or a perturbation.StatefulPerturbation, got'
+            f' {_checks.shown(perturbation)}.'
+        )
+
+
 def init(perturbation: Perturbation, params: PyTree) -> PyTree:
     """The memory of a perturbation before the first step; None if it has none."""
     if not isinstance(perturbation, StatefulPerturbation):

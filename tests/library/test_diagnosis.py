@@ -283,6 +283,11 @@ def test_bad_arguments_are_told(error, match, arguments):
         vsam_jax.diagnose(*arguments)
 
 
+def test_a_method_is_no_perturbation():
+    with pytest.raises(TypeError, match='perturbation must be a function of'):
+        vsam_jax.diagnose(GRAD, W, B, perturbation=vsam_jax.asam())  # pyright: ignore
+
+
 def test_one_mini_batch_that_is_not_finite_is_named():
     batches = np.array([[0, 0, 0], [0, np.inf, 0]], np.float32)
     with pytest.raises(ValueError, match='mini-batch 1 of batches'):

@@ -642,9 +642,10 @@ def _rise(name: str, first: Any, second: Any) -> jax.Array:
             ' (value, gradient), got None: pass value=loss, or return the gradient'
             ' alone, as jax.grad does where jax.value_and_grad does not.'
         )
+    returned = f'the value that {name} returns'
     # With a slice both are results of the function.
-    _check_value(f'the value that {name} returns', second)
-    _check_value('value', first)
+    _check_value(returned if name == 'psf_grad_fn' else 'value', first)
+    _check_value(returned, second)
     first, second = (_numerics.widen(jnp.asarray(x)) for x in (first, second))
     return second - first
 

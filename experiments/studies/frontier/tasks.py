@@ -147,27 +147,16 @@ CANDIDATES = {
             ('epochs', 40),
         ),
     ),
-    'bytes_8k': Task(
-        'Python, 8 kB, small transformer, AdamW',
-        right_labels,
-        'bytes_8k',
-        'long',
-        **_TEXT,
-    ),
-    'bytes_16k': Task(
-        'Python, 16 kB, small transformer, AdamW',
-        right_labels,
-        'bytes_16k',
-        'long',
-        **_TEXT,
-    ),
-    'bytes_32k': Task(
-        'Python, 32 kB, small transformer, AdamW',
-        right_labels,
-        'bytes_32k',
-        'long',
-        **_TEXT,
-    ),
+    **{
+        f'bytes_{size}k': Task(
+            f'Python, {size} kB, small transformer, AdamW',
+            right_labels,
+            f'bytes_{size}k',
+            'long',
+            **_TEXT,
+        )
+        for size in (8, 16, 32)
+    },
     'bytes_256': Task(
         'Python, 32 kB, transformer, AdamW',
         right_labels,

@@ -73,6 +73,7 @@ def test_one_bad_task_fails():
     good = [0.006] * 11
     row = decision.judge(made_up(tasks=12, lean=[-0.016, *good]), 'lean')
     assert row['reasons'] == ['too bad on task0']
+    assert row['broken'] == [3]
     assert row['worst']['high'] < decision.WORST
     # An interval that reaches as far as the limit does not.
     row = decision.judge(made_up(tasks=12, lean=[-0.005, *good]), 'lean')

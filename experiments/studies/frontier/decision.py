@@ -112,9 +112,10 @@ def judge(accuracies: Accuracies, name: str) -> dict[str, Any]:
 
     Returns:
         ``status`` and ``reasons``; ``tasks``, on how many of those ``planned`` no run
-        is missing; and of these, if there are any, ``minus_sam`` (mean, ``low`` and
-        ``high``), ``kept``, the share of SAM's gain, ``each``, the difference on each
-        task, and ``worst``, the one whose upper end is lowest.
+        is missing; and of these, if there are any, the numbers of the conditions that
+        are ``broken``, ``minus_sam`` (mean, ``low`` and ``high``), ``kept``, the share
+        of SAM's gain, ``each``, the difference on each task, and ``worst``, the one
+        whose upper end is lowest.
     """
     planned = {task: row for task, row in accuracies.items() if name in row}
     missing = [
@@ -141,13 +142,15 @@ def judge(accuracies: Accuracies, name: str) -> dict[str, Any]:
         else intervals[task]['high']
     )
     worst = min(intervals, key=upper)
-    reasons = []
+    # By the number that the condition has in the text.
+    broken = {}
     if pooled['low'] < LOWEST:
-        reasons.append('the lower end of the mean difference is too low')
+        broken[1] = 'the lower end of the mean difference is too low'
     if kept is not None and kept < KEPT:
-        reasons.append("too little of SAM's gain is kept")
+        broken[2] = "too little of SAM's gain is kept"
     if upper(worst) < WORST:
-        reasons.append(f'too bad on {worst}')
+        broken[3] = f'too bad on {worst}'
+    reasons = [*broken.values()]
     status = FAILS if reasons else PASSES
     if not reasons and kept is None:
         status, reasons = OPEN, ['SAM gains nothing that could be kept']
@@ -160,6 +163,7 @@ def judge(accuracies: Accuracies, name: str) -> dict[str, Any]:
         **found,
         'status': status,
         'reasons': reasons,
+        'broken': [*broken],
         'minus_sam': pooled,
         'kept': kept,
         'worst': {'task': worst, **intervals[worst]},

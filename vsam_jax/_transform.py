@@ -445,20 +445,17 @@ class _Method:
                 'grad_fn must take the gradient of the whole mini-batch, got one with'
                 f' psf_share={grad_fn.psf_share:g}: pass it as psf_grad_fn.'  # pyright: ignore
             )
-        if psf_share is not None:
-            given = _portions.parts_of(psf_share)
-            if given > 1 and psf_grad_fn is None:
-                raise ValueError(
-                    'psf_share must not be given without psf_grad_fn, of which it says'
-                    f' the share, got psf_share=1/{given}: update cuts no mini-batch.'
-                    ' Give psf_grad_fn, the gradient of that share of the examples.'
-                )
         if psf_share is None:
             psf_share = getattr(psf_grad_fn, 'psf_share', None)
+        given = None if psf_share is None else _portions.parts_of(psf_share)
+        if given not in (None, 1) and psf_grad_fn is None:
+            raise ValueError(
+                'psf_share must not be given without psf_grad_fn, of which it says'
+                f' the share, got psf_share=1/{given}: update cuts no mini-batch.'
+                ' Give psf_grad_fn, the gradient of that share of the examples.'
+            )
         if self.parts is not None:
-            parts = 1 if psf_grad_fn is None else self.parts
-            if psf_share is not None:
-                parts = _portions.parts_of(psf_share)
+            parts = given or (1 if psf_grad_fn is None else self.parts)
             if parts != self.parts:
                 part = 'the whole' if parts == 1 else f'1/{parts} of the'
                 raise ValueError(

@@ -223,11 +223,14 @@ def test_what_sam_gains_on_text_is_told_in_points_and_bits(task, tmp_path, monke
     accuracies = {
         m: protocol.accuracies(ledger, Unit('mlp_200', of_text, m)) for m in methods
     }
-    _, [row] = report.rows_of_gains({'mlp_200': accuracies, 'vit_600': _NONE}, ledger)
+    lacking = {'sgd': None, 'sam': [0.5]}
+    _, [row] = report.rows_of_gains({'mlp_200': accuracies, 'vit_600': lacking}, ledger)
     assert row[-2:] == ['+5.2 [+5.2, +5.2]', '−0.075 [−0.075, −0.075]']
-
-
-_NONE = {'sgd': None, 'sam': [0.5]}
+    sam = protocol.reported(ledger, Unit('mlp_200', of_text, 'sam'))
+    assert sam
+    sam[0]['test']['loss'] = None  # It was not finite.
+    _, [row] = report.rows_of_gains({'mlp_200': accuracies}, ledger)
+    assert row[-2:] == ['+5.2 [+5.2, +5.2]', '–']
 
 
 def test_costs_are_geometric_means_over_networks():

@@ -205,14 +205,8 @@ def rows_of_gains(
         sgd, sam = row['sgd'], row['sam']
         if sgd is None or sam is None:
             continue
-        of_text = '–'
-        if task.judge == 'loss':
-            losses = [
-                [line['test']['loss'] for line in lines]
-                for method in ('sam', 'sgd')
-                if (lines := protocol.reported(ledger, Unit(name, task, method)))
-            ]
-            of_text = tables.bits(statistics.paired(*losses))
+        of_sam, of_sgd = (_losses(ledger, Unit(name, task, m)) for m in ('sam', 'sgd'))
+        bits = statistics.paired(of_sam, of_sgd) if of_sam and of_sgd else None
         rows.append(
             [
                 task.title,
@@ -220,7 +214,7 @@ def rows_of_gains(
                 tables.percent(statistics.summary(sgd)),
                 tables.percent(statistics.summary(sam)),
                 tables.points(statistics.paired(sam, sgd)),
-                of_text,
+                tables.bits(bits),
             ]
         )
     return header, rows
@@ -240,12 +234,17 @@ def _chosen(ledger: Ledger, unit: Unit) -> str:
         if len(tried) > 1 or unit.method == 'sam':
             texts.append(f'{symbol} {pair[place]:g}{"*" if end else ""}')
     text = f' ({", ".join(texts)})'
-    lines = protocol.reported(ledger, unit)
-    if unit.task.judge == 'loss' and lines:
-        losses = [line['test']['loss'] for line in lines]
-        if None not in losses:
-            text += f', {means.fmean(losses) / _LN2:.3f} bits'
+    losses = _losses(ledger, unit)
+    if losses is not None:
+        text += f', {means.fmean(losses) / _LN2:.3f} bits'
     return text
+
+
+def _losses(ledger: Ledger, unit: Unit) -> list[float] | None:
+    """Test losses of the reported runs on text; None if one is not there or finite."""
+    lines = protocol.reported(ledger, unit) or []
+    losses = [line['test']['loss'] for line in lines if unit.task.judge == 'loss']
+    return losses if losses and None not in losses else None
 
 
 def _text(
